@@ -1,0 +1,175 @@
+"""manifest.json of a bundle: what the folder holds, and proof that it still holds it. Every reader checks it first."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from mmm_export import names
+from mmm_export.errors import BundleError
+from mmm_export.spec import ModelSpec
+
+SCHEMA = 1
+Dtype = Literal["fp32", "fp16", "bf16"]
+DTYPES: tuple[Dtype, ...] = ("fp32", "fp16", "bf16")
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One graph input or output. `dtype` is numpy's name or "bfloat16"; symbolic dimensions are strings."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+@dataclass(frozen=True)
+class GraphInfo:
+    """Inputs and outputs of one ONNX file, in graph order."""
+
+    inputs: tuple[TensorInfo, ...]
+    outputs: tuple[TensorInfo, ...]
+
+
+@dataclass(frozen=True)
+class FileInfo:
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Content of a bundle's manifest.json.
+
+    `max_tokens` is the KV cache capacity of a model with attention layers, 0 without. `environment` names variables that a
+    runtime needs before it loads the graphs.
+    """
+
+    model: ModelSpec
+    source: str  # name of the checkpoint folder
+    source_sha256: str  # Checkpoint.sha256 of what was exported
+    dtype: Dtype
+    opset: int
+    body: str  # how the scan is written: linear-attention, standard, or standard-ops
+    logits: Literal["last", "all"]
+    max_tokens: int
+    graphs: dict[str, GraphInfo]
+    files: dict[str, FileInfo]
+    tools: dict[str, str]
+    environment: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    @property
+    def model_sha256(self) -> str:
+        """Identity of the graphs and weights; a saved state belongs to exactly one."""
+        parts = sorted(f"{n} {f.sha256}" for n, f in self.files.items() if n.endswith((".onnx", names.WEIGHTS_SUFFIX)))
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+    def to_json(self) -> dict[str, Any]:
+        data = dataclasses.asdict(self)
+        return {"schema": SCHEMA, "kind": "bundle", **data}
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Manifest:
+        """Inverse of `to_json`. Raises KeyError or TypeError on foreign data."""
+
+        def tensors(rows: list[dict[str, Any]]) -> tuple[TensorInfo, ...]:
+            return tuple(TensorInfo(r["name"], r["dtype"], tuple(r["shape"])) for r in rows)
+
+        fields = {k: v for k, v in data.items() if k not in ("schema", "kind", "model", "graphs", "files")}
+        return cls(
+            model=ModelSpec.from_json(data["model"]),
+            graphs={n: GraphInfo(tensors(g["inputs"]), tensors(g["outputs"])) for n, g in data["graphs"].items()},
+            files={n: FileInfo(**f) for n, f in data["files"].items()},
+            **fields,
+        )
+
+
+def file_info(path: Path) -> FileInfo:
+    """Size and SHA-256 of a file, read in blocks."""
+    with path.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256") if hasattr(hashlib, "file_digest") else _digest(stream)
+    return FileInfo(path.stat().st_size, digest.hexdigest())
+
+
+def _digest(stream: Any) -> Any:  # Python 3.10 has no hashlib.file_digest
+    digest = hashlib.sha256()
+    while block := stream.read(1 << 20):
+        digest.update(block)
+    return digest
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    text = json.dumps(manifest.to_json(), indent=1, ensure_ascii=False)
+    (folder / names.MANIFEST_FILE).write_text(text + "\n", encoding="utf-8")
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read and check the manifest of a bundle folder. Raises BundleError; the files themselves are checked by `check_files`."""
+    path = folder / names.MANIFEST_FILE
+    if not path.is_file():
+        raise BundleError(
+            f"{folder} is not a bundle",
+            found="no such folder" if not folder.exists() else f"no {names.MANIFEST_FILE} in it",
+            wanted="a folder written by mmm-export onnx",
+            hint="mmm-export onnx CHECKPOINT -o BUNDLE",
+        )
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        schema = data["schema"]
+        kind = data["kind"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise BundleError(
+            f"{path} cannot be read",
+            found=f"{type(error).__name__}: {error}",
+            wanted="JSON written by mmm-export",
+            hint="export the bundle again",
+        ) from error
+    if schema != SCHEMA or kind != "bundle":
+        newer = isinstance(schema, int) and schema > SCHEMA
+        raise BundleError(
+            f"{path} is of another schema",
+            found=f"schema {schema!r}, kind {kind!r}",
+            wanted=f"schema {SCHEMA}, kind 'bundle'",
+            hint="upgrade mmm-export" if newer else "export the bundle again with this version",
+        )
+    try:
+        return Manifest.from_json(data)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise BundleError(
+            f"{path} is damaged",
+            found=f"{type(error).__name__}: {error}",
+            wanted="all fields of schema 1",
+            hint="export the bundle again",
+        ) from error
+
+
+def check_files(folder: Path, manifest: Manifest, *, content: bool = True) -> None:
+    """Compare the files of a bundle with its manifest: presence, size and, with `content`, SHA-256. Raises BundleError."""
+    for name, info in manifest.files.items():
+        path = folder / name
+        if Path(name).is_absolute() or ".." in Path(name).parts or not path.is_file():
+            raise BundleError(f"{folder} is incomplete", found=f"no file {name}", hint="export the bundle again")
+        if path.stat().st_size != info.bytes:
+            raise BundleError(
+                f"{path} was changed",
+                found=f"{path.stat().st_size} bytes",
+                wanted=f"{info.bytes} bytes",
+                hint="copy or export the bundle again",
+            )
+    if not content:
+        return
+    with ThreadPoolExecutor(4) as pool:
+        actual = list(pool.map(lambda name: file_info(folder / name), manifest.files))
+    for (name, info), found in zip(manifest.files.items(), actual, strict=True):
+        if found.sha256 != info.sha256:
+            raise BundleError(
+                f"{folder / name} was changed",
+                found=f"sha256 {found.sha256}",
+                wanted=f"sha256 {info.sha256}",
+                hint="copy or export the bundle again",
+            )
