@@ -1,0 +1,250 @@
+"""Prove that a bundle computes what its checkpoint computes: float64, PyTorch and ONNX Runtime on the same input."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from mmm_export.errors import BundleError, MmmError, OptionError, PromptError
+from mmm_export.exporter.comparison import (
+    Bound,
+    Comparison,
+    compare,
+    logits_bounds,
+    split_bounds,
+    state_bounds,
+)
+from mmm_export.exporter.recording import BundleRecorder, Example, Recording, greedy, record_torch
+from mmm_export.images import load_image, tiles_from_image
+from mmm_export.manifest import Manifest, check_files, read_manifest
+from mmm_export.model import scan
+from mmm_export.model.checkpoint import Checkpoint
+from mmm_export.model.weights import load_model
+from mmm_export.progress import Progress, SilentProgress
+from mmm_export.spec import ModelSpec
+from mmm_export.text import Tokenizer, chat_prompt
+
+TORCH_TO_ORT = "PyTorch fp32 -> ONNX Runtime"
+ORACLE_TO_ORT = "float64 -> ONNX Runtime"
+ORACLE_TO_TORCH = "float64 -> PyTorch fp32"
+ONE_TO_SPLIT = "one prefill -> prefill, then steps"
+
+
+@dataclass(frozen=True)
+class VerifyOptions:
+    """What to run.
+
+    Attributes:
+        prompt: a question; a default one is used when None.
+        images: image files; without any a generated pattern of one tile stands in, so that the image path is always run.
+        new_tokens: greedy tokens to compare after the prompt.
+        split_tokens: how many of the prompt's last tokens are fed one by one in the prefill-then-step check.
+        float64: also run a float64 reference and hold both sides against it.
+    """
+
+    prompt: str | None = None
+    images: tuple[Path, ...] = ()
+    new_tokens: int = 8
+    split_tokens: int = 5
+    float64: bool = True
+
+    def __post_init__(self) -> None:
+        for name, value, least in (("new_tokens", self.new_tokens, 0), ("split_tokens", self.split_tokens, 1)):
+            if value < least:
+                raise OptionError(f"{name} is too small", found=str(value), wanted=f"at least {least}")
+
+
+@dataclass(frozen=True)
+class TokenCheck:
+    """Greedy tokens of both sides, and where they part first. A part is excused when it is a tie within the error of the logits."""
+
+    wanted: tuple[int, ...]
+    found: tuple[int, ...]
+    first_difference: int | None
+    excused: bool
+
+    @property
+    def passed(self) -> bool:
+        return self.first_difference is None or self.excused
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """The verdict and everything it rests on."""
+
+    bundle: str
+    checkpoint: str
+    manifest: Manifest
+    prompt_tokens: int
+    image_tokens: int
+    comparisons: tuple[Comparison, ...]
+    tokens: TokenCheck
+    notes: tuple[str, ...]
+
+    @property
+    def passed(self) -> bool:
+        return self.tokens.passed and all(row.passed for row in self.comparisons)
+
+
+def verify_bundle(
+    bundle: Path | str,
+    checkpoint: Path | str,
+    options: VerifyOptions | None = None,
+    *,
+    progress: Progress | None = None,
+) -> VerifyReport:
+    """Run a bundle and its checkpoint on one input and compare them.
+
+    Weights stay memory-mapped on the PyTorch side; the recordings are taken one after the other, so a model that fits ONNX
+    Runtime fits this.
+
+    Raises:
+        BundleError: the bundle is damaged or was made from another checkpoint.
+        CheckpointError, PromptError, ImageError: the inputs cannot be used.
+    """
+    options = options or VerifyOptions()
+    progress = progress or SilentProgress()
+    folder = Path(bundle)
+    manifest = read_manifest(folder)
+    with progress.stage("check files"):
+        check_files(folder, manifest)
+        source = _open_source(Path(checkpoint), manifest)
+    example = _example(folder, manifest, options)
+    if manifest.max_tokens and len(example.input_ids) + options.new_tokens > manifest.max_tokens:
+        raise PromptError(
+            "the prompt does not fit the KV cache of the bundle",
+            found=f"{len(example.input_ids)} tokens and {options.new_tokens} new ones",
+            wanted=f"at most {manifest.max_tokens}",
+            hint="use a shorter prompt, or export with a larger --max-tokens",
+        )
+    oracle = None
+    if options.float64:
+        with progress.stage("run float64 reference"):
+            oracle, _ = record_torch(load_model(source, dtype=torch.float64, scan=scan.sequential), example)
+    with progress.stage("run PyTorch"):
+        wanted, forced = record_torch(load_model(source), example, new_tokens=options.new_tokens)
+    with progress.stage("load ONNX Runtime"):
+        recorder = BundleRecorder(folder, manifest)
+    with progress.stage("run ONNX Runtime"):
+        found = recorder.record(example, forced=forced)
+        split = max(1, len(example.input_ids) - options.split_tokens)
+        parted = recorder.record(example, split=split)
+    rows = [
+        *_compare_all(TORCH_TO_ORT, found, wanted, logits_bounds(manifest.dtype), ()),
+        *_compare_steps(found, wanted, logits_bounds(manifest.dtype)),
+        *_compare_split(parted, found, split_bounds(manifest.dtype)),
+    ]
+    if oracle is not None:
+        rows += _compare_all(ORACLE_TO_ORT, found, oracle, (), state_bounds(manifest.dtype))
+        rows += _compare_all(ORACLE_TO_TORCH, wanted, oracle, (), state_bounds("fp32"))
+    return VerifyReport(
+        str(folder),
+        str(checkpoint),
+        manifest,
+        len(example.input_ids),
+        int((example.input_ids == manifest.model.image_token_id).sum()),
+        tuple(rows),
+        _check_tokens(found, wanted, forced, manifest.model),
+        _notes(manifest),
+    )
+
+
+def _open_source(folder: Path, manifest: Manifest) -> Checkpoint:
+    scaled = any(stack.rope.scaling != "none" for stack in (manifest.model.embedding, manifest.model.llm))
+    source = Checkpoint.open(folder, rope_scaling="teacher" if scaled else "ignore")
+    identity = source.sha256()
+    if identity != manifest.source_sha256:
+        raise BundleError(
+            "the bundle was not made from this checkpoint",
+            found=f"{folder}, sha256 {identity[:16]}",
+            wanted=f"{manifest.source}, sha256 {manifest.source_sha256[:16]}",
+            hint="give the checkpoint that was exported, or export again",
+        )
+    return source
+
+
+def _example(folder: Path, manifest: Manifest, options: VerifyOptions) -> Example:
+    """Token ids and tiles: of the prompt and images asked for, or of stand-ins."""
+    spec = manifest.model
+    parts = [tiles_from_image(load_image(path), spec.vision) for path in options.images] or [_pattern(spec)]
+    counts = [len(part) for part in parts]
+    try:
+        tokenizer = Tokenizer.from_folder(folder)
+        text = chat_prompt(
+            options.prompt or "What is in this picture?",
+            tile_counts=counts,
+            tokens_per_tile=spec.vision.tokens_per_tile,
+        )
+        ids = tokenizer.encode(text)
+    except MmmError:
+        if options.prompt is not None or options.images:
+            raise
+        ids = _ids_without_tokenizer(spec)  # a checkpoint may come without one; its graphs can still be checked
+    return Example(np.asarray(ids, dtype=np.int64), np.concatenate(parts))
+
+
+def _pattern(spec: ModelSpec) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
+    """One tile of smooth waves, of the magnitude of a normalised image: (1, 3, S, S)."""
+    S = spec.vision.tile_size
+    rows, columns = np.mgrid[0:S, 0:S] / S
+    waves = [np.sin(2 * np.pi * (k * rows + (4 - k) * columns)) for k in range(1, 1 + spec.vision.channels)]
+    return np.stack(waves)[None].astype(np.float32)
+
+
+def _ids_without_tokenizer(spec: ModelSpec) -> list[int]:
+    """Text ids spread over the vocabulary around the image tokens of one tile."""
+    text = [int(i) for i in np.linspace(3, spec.vocab_size - 1, 24) if int(i) != spec.image_token_id]
+    return text[:12] + [spec.image_token_id] * spec.vision.tokens_per_tile + text[12:]
+
+
+def _compare_all(
+    hop: str, found: Recording, wanted: Recording, logits: tuple[Bound, ...], states: tuple[Bound, ...]
+) -> list[Comparison]:
+    """Every value of a prefill, in the order it is computed."""
+    rows = [
+        compare("image features", hop, found.image_features, wanted.image_features),
+        compare("embeddings", hop, found.embeds, wanted.embeds),
+    ]
+    for i, (output, output_wanted) in enumerate(zip(found.layers, wanted.layers, strict=True)):
+        rows.append(compare(f"layer {i} output", hop, output, output_wanted, layer=i))
+        for name, state in found.states[i].items():
+            rows.append(compare(f"layer {i} {name}", hop, state, wanted.states[i][name], layer=i, bounds=states))
+    rows.append(compare("logits", hop, found.logits, wanted.logits, bounds=logits, logits=True))
+    return rows
+
+
+def _compare_steps(found: Recording, wanted: Recording, bounds: tuple[Bound, ...]) -> list[Comparison]:
+    pairs = enumerate(zip(found.steps, wanted.steps, strict=True), 1)
+    return [compare(f"logits of step {i}", TORCH_TO_ORT, f, w, bounds=bounds, logits=True) for i, (f, w) in pairs]
+
+
+def _compare_split(parted: Recording, whole: Recording, bounds: tuple[Bound, ...]) -> list[Comparison]:
+    rows = [compare("logits", ONE_TO_SPLIT, parted.logits, whole.logits, bounds=bounds, logits=True)]
+    for i, states in enumerate(whole.states):
+        for name, state in states.items():
+            what = f"layer {i} {name}"
+            rows.append(compare(what, ONE_TO_SPLIT, parted.states[i][name], state, layer=i, bounds=bounds))
+    return rows
+
+
+def _check_tokens(found: Recording, wanted: Recording, forced: Sequence[int], spec: ModelSpec) -> TokenCheck:
+    """Greedy choices after the prompt and after each forced token: equal as long as both would have written the same text."""
+    steps_found = [found.logits, *found.steps][: len(forced)]
+    steps_wanted = [wanted.logits, *wanted.steps][: len(forced)]
+    chosen = [greedy(logits, spec) for logits in steps_found]
+    for i, (token, right) in enumerate(zip(chosen, forced, strict=True)):
+        if token != right:
+            error = float(np.abs(steps_found[i] - steps_wanted[i]).max())
+            margin = float(steps_wanted[i][right] - steps_wanted[i][token])
+            return TokenCheck(tuple(forced), tuple(chosen), i, margin <= 2 * error)
+    return TokenCheck(tuple(forced), tuple(chosen), None, False)
+
+
+def _notes(manifest: Manifest) -> tuple[str, ...]:
+    if manifest.dtype != "bf16":
+        return ()
+    return ("ONNX Runtime has no bfloat16 arithmetic on a CPU: the bfloat16 weights were run in float32 here.",)

@@ -1,0 +1,121 @@
+"""Write the weights of a traced graph as one external data file, streamed: one block of one tensor in memory at a time."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import onnx_ir as ir
+import torch
+from torch import Tensor
+
+from mmm_export.errors import CheckpointError
+from mmm_export.exporter.trace import TORCH_DTYPES
+from mmm_export.manifest import FileInfo
+
+BLOCK_BYTES = 32 << 20
+ALIGNMENT = 4096  # whole pages, so that a reader may map a tensor by itself
+
+_TORCH_FROM_ONNX = {
+    ir.DataType.FLOAT: TORCH_DTYPES["fp32"],
+    ir.DataType.FLOAT16: TORCH_DTYPES["fp16"],
+    ir.DataType.BFLOAT16: TORCH_DTYPES["bf16"],
+}
+
+
+def weight_bytes(model: ir.Model) -> int:
+    """Size of all initializers, without alignment."""
+    return sum(_value_bytes(value) for value in model.graph.initializers.values())
+
+
+def bind_weights(
+    model: ir.Model, path: Path, parameter: Callable[[str], Tensor], advance: Callable[[int], None]
+) -> FileInfo:
+    """Update `model`: give every initializer its value, stored in the new file `path`, beside which the model must be saved.
+
+    Args:
+        model: a traced model whose initializers lack values; keeps references into `path`.
+        path: the data file to write.
+        parameter: value of an initializer by name, in the graph's shape and any floating type.
+        advance: called with the number of bytes written.
+
+    Returns:
+        Size and hash of the file.
+
+    Raises:
+        CheckpointError: a weight is NaN, infinite, or too large for the type of the bundle.
+    """
+    digest = hashlib.sha256()
+    position = 0
+    with path.open("wb") as stream:
+
+        def put(data: bytes | memoryview) -> None:
+            nonlocal position
+            stream.write(data)
+            digest.update(data)
+            position += len(data)
+
+        for name, value in model.graph.initializers.items():
+            put(bytes(-position % ALIGNMENT))
+            offset, dtype = position, _TORCH_FROM_ONNX[_dtype(value)]
+            tensor = parameter(name)
+            if tuple(tensor.shape) != _shape(value):
+                raise ValueError(f"{name}: the module is {_shape(value)}, its value {tuple(tensor.shape)}")
+            for block in _blocks(tensor):
+                data = block.to(dtype).contiguous()
+                if not bool(torch.isfinite(data).all()):
+                    raise _not_finite(name, block, dtype)
+                # Through int16: numpy has no bfloat16.
+                raw = data.view(torch.int16 if dtype.itemsize == 2 else torch.int32).numpy()
+                put(memoryview(raw.reshape(-1)).cast("B"))
+                advance(raw.nbytes)
+            value.const_value = ir.ExternalTensor(
+                path.name,
+                offset,
+                position - offset,
+                _dtype(value),
+                shape=ir.Shape(_shape(value)),
+                name=name,
+                base_dir=path.parent,
+            )
+    return FileInfo(position, digest.hexdigest())
+
+
+def _blocks(tensor: Tensor) -> Iterator[Tensor]:
+    """Slices along the first axis of about BLOCK_BYTES each."""
+    if tensor.dim() == 0:
+        yield tensor
+        return
+    row_bytes = tensor[:1].numel() * 4
+    yield from tensor.split(max(1, BLOCK_BYTES // max(row_bytes, 1)))
+
+
+def _dtype(value: ir.Value) -> ir.DataType:
+    if value.dtype is None:
+        raise ValueError(f"initializer {value.name} has no type")
+    return value.dtype
+
+
+def _shape(value: ir.Value) -> tuple[int, ...]:
+    if value.shape is None:
+        raise ValueError(f"initializer {value.name} has no shape")
+    return value.shape.numpy()
+
+
+def _value_bytes(value: ir.Value) -> int:
+    count = 1
+    for size in _shape(value):
+        count *= size
+    return count * int(_dtype(value).itemsize)
+
+
+def _not_finite(name: str, block: Tensor, dtype: torch.dtype) -> CheckpointError:
+    if bool(torch.isfinite(block).all()):
+        return CheckpointError(
+            f"weight {name} does not fit the type of the bundle",
+            found=f"a magnitude of {float(block.float().abs().max()):g}",
+            wanted=f"at most {torch.finfo(dtype).max:g}",
+            hint="export with --dtype bf16 or fp32",
+        )
+    return CheckpointError(f"weight {name} is damaged", found="NaN or infinity", wanted="finite numbers")
