@@ -11,14 +11,9 @@ from mmm_export.model.checkpoint import Checkpoint
 from mmm_export.model.decoder import MmMamba
 from mmm_export.model.linear import Projection
 from mmm_export.model.scan import Scan, chunked
+from mmm_export.model.tensors import HEAD, POSITIONS, SPECIAL_TABLE, TEXT_TABLE
 from mmm_export.model.vision import interpolate_positions
 from mmm_export.spec import ModelSpec
-
-POSITIONS = "embedding_model.vision_embeddings.position_embedding"
-TEXT_TABLE = "embedding_model.llm_text_embeddings.weight"
-SPECIAL_TABLE = "embedding_model.special_text_embeddings.weight"
-HEAD = "language_model.output.weight"
-
 
 def parameter(checkpoint: Checkpoint, model: nn.Module, name: str) -> Tensor:
     """The value of one parameter of MmMamba, in the stored type and the module's shape.
@@ -28,12 +23,9 @@ def parameter(checkpoint: Checkpoint, model: nn.Module, name: str) -> Tensor:
     """
     if name == POSITIONS:
         return interpolate_positions(checkpoint.tensor(name), checkpoint.spec.vision)
+    value = checkpoint.tensor(checkpoint.head_name if name == HEAD else name)
     if name == TEXT_TABLE and checkpoint.spec.special_tokens:
-        special = checkpoint.tensor(SPECIAL_TABLE)
-        return torch.cat([checkpoint.tensor(name), special.to(checkpoint.tensor(name).dtype)])
-    if name == HEAD:
-        return checkpoint.tensor(checkpoint.head_name).t()
-    value = checkpoint.tensor(name)
+        return torch.cat([value, checkpoint.tensor(SPECIAL_TABLE).to(value.dtype)])
     owner = model.get_submodule(name.rpartition(".")[0])
     if isinstance(owner, Projection) and name.endswith(".weight"):
         return value.t()
