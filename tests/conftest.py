@@ -35,3 +35,25 @@ def make_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., P
         return made[key]
 
     return make
+
+
+@pytest.fixture(scope="session")
+def make_bundle(make_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Export a checkpoint, once per session and set of arguments.
+
+    `make_bundle(checkpoint_folder, dtype="fp16")`: the keywords are fields of ExportOptions. The folder is shared: copy it
+    before changing it.
+    """
+    made: dict[str, Path] = {}
+
+    def make(checkpoint: Path, **options: Any) -> Path:
+        from mmm_export.exporter.bundle import ExportOptions, export_bundle
+
+        key = repr((checkpoint, sorted(options.items())))
+        if key not in made:
+            folder = tmp_path_factory.mktemp("bundle") / "bundle"
+            export_bundle(checkpoint, folder, ExportOptions(**options))
+            made[key] = folder
+        return made[key]
+
+    return make
