@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,7 +105,8 @@ def export_bundle(
     source = Checkpoint.open(Path(checkpoint), rope_scaling=options.rope_scaling)
     max_tokens = options.max_tokens if source.spec.attention_layers else 0
     item_bytes = 4 if options.dtype == "fp32" else 2
-    with output_folder(Path(output), force=force, needed_bytes=source.parameters * item_bytes) as folder:
+    needed = source.parameters * item_bytes
+    with output_folder(Path(output), force=force, needed_bytes=needed, protect=(source.folder,)) as folder:
         with ThreadPoolExecutor(1) as background:
             # Hashing releases the interpreter lock: it runs beside the trace.
             identity = background.submit(source.sha256)
@@ -216,7 +217,7 @@ def _rope_parameter(spec: ModelSpec, name: str, max_tokens: int) -> Tensor:
     return value
 
 
-def _tensors(values: list[ir.Value]) -> tuple[TensorInfo, ...]:
+def _tensors(values: Iterable[ir.Value]) -> tuple[TensorInfo, ...]:
     return tuple(_tensor_info(value) for value in values)
 
 

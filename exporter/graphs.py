@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -146,9 +146,8 @@ def scan_operator(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """A Scan that leaves one MmmSelectiveScan node in the trace."""
     B, T, _ = projected.shape
-    inputs = (projected, lengths, conv_state, ssm_state)
-    inputs += (weights.conv_weight, weights.conv_bias, weights.dt_bias, weights.A_log, weights.norm_weight)
-    attributes: dict[str, int | float | str] = {
+    parameters = (weights.conv_weight, weights.conv_bias, weights.dt_bias, weights.A_log, weights.norm_weight)
+    attributes: dict[str, Any] = {
         "heads": sizes.heads,
         "kv_heads": sizes.kv_heads,
         "head_dim": sizes.head_dim,
@@ -158,7 +157,7 @@ def scan_operator(
     }
     y, conv_out, ssm_out = torch.onnx.ops.symbolic_multi_out(
         f"{names.OP_DOMAIN}::{names.OP_NAME}",
-        inputs,
+        (projected, lengths, conv_state, ssm_state, *parameters),
         attrs=attributes,
         dtypes=(projected.dtype, conv_state.dtype, ssm_state.dtype),
         shapes=((B, T, sizes.heads * sizes.head_dim), conv_state.shape, ssm_state.shape),

@@ -19,7 +19,7 @@ from mmm_export.exporter.graphs import layer_output
 from mmm_export.exporter.widen import widen_bf16
 from mmm_export.manifest import Manifest
 from mmm_export.model.decoder import MmMamba, States
-from mmm_export.model.layers import MambaState
+from mmm_export.model.layers import LayerState, MambaState
 from mmm_export.spec import ModelSpec
 
 Array = npt.NDArray[Any]
@@ -139,7 +139,9 @@ class BundleRecorder:
             if name.startswith("past.")
         }
 
-    def _decode(self, embeds: Array, states: dict[str, Array], past: int) -> tuple[Array, dict[str, Array], list[Array]]:
+    def _decode(
+        self, embeds: Array, states: dict[str, Array], past: int
+    ) -> tuple[Array, dict[str, Array], list[Array]]:
         feeds: dict[str, Array] = {
             names.INPUTS_EMBEDS: embeds[None],
             names.LENGTHS: np.array([len(embeds)], dtype=np.int32),
@@ -167,9 +169,7 @@ class BundleRecorder:
 _NUMPY_TYPES: dict[str, Any] = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
 
-def _session(
-    folder: Path, name: str, manifest: Manifest, outputs: Sequence[str] = ()
-) -> onnxruntime.InferenceSession:
+def _session(folder: Path, name: str, manifest: Manifest, outputs: Sequence[str] = ()) -> onnxruntime.InferenceSession:
     """Load one graph of a bundle, with more of its values as outputs. The weights stay where they are."""
     model = onnx.load(folder / name, load_external_data=False)
     known = {value.name: value for value in model.graph.value_info}
@@ -184,11 +184,10 @@ def _session(
         return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 
-def _state_arrays(state: object, tokens: int) -> dict[str, Array]:
+def _state_arrays(state: LayerState, tokens: int) -> dict[str, Array]:
     if isinstance(state, MambaState):
         return {"conv": _wide(state.conv[0]), "ssm": _wide(state.ssm[0])}
-    key, value = state  # type: ignore[misc]
-    return {"key": _wide(key[0, :, :tokens]), "value": _wide(value[0, :, :tokens])}
+    return {"key": _wide(state.key[0, :, :tokens]), "value": _wide(state.value[0, :, :tokens])}
 
 
 def _lengths(tokens: int) -> torch.Tensor:

@@ -120,7 +120,7 @@ def _plot(report: VerifyReport, kind: str) -> str:
         ) from error
     matplotlib.use("svg")
     matplotlib.rcParams["svg.hashsalt"] = "mmm-export"  # the same report gives the same file
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     figure, axes = pyplot.subplots(figsize=(8, 3.2), layout="constrained")
     for hop in HOPS:
@@ -131,7 +131,7 @@ def _plot(report: VerifyReport, kind: str) -> str:
         if points:
             axes.plot(list(points), [max(v, 1e-17) for v in points.values()], marker="o", markersize=3, label=hop)
     axes.set(yscale="log", xlabel="layer", ylabel="relative L2 error")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
     axes.grid(visible=True, alpha=0.3)
     axes.legend(fontsize="small")
     buffer = io.StringIO()

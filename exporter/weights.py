@@ -68,7 +68,7 @@ def bind_weights(
                     raise _not_finite(name, block, dtype)
                 # Through int16: numpy has no bfloat16.
                 raw = data.view(torch.int16 if dtype.itemsize == 2 else torch.int32).numpy()
-                put(memoryview(raw.reshape(-1)).cast("B"))
+                put(raw.tobytes())
                 advance(raw.nbytes)
             value.const_value = ir.ExternalTensor(
                 path.name,
@@ -88,7 +88,7 @@ def _blocks(tensor: Tensor) -> Iterator[Tensor]:
         yield tensor
         return
     row_bytes = tensor[:1].numel() * 4
-    yield from tensor.split(max(1, BLOCK_BYTES // max(row_bytes, 1)))
+    yield from torch.split(tensor, max(1, BLOCK_BYTES // max(row_bytes, 1)))
 
 
 def _dtype(value: ir.Value) -> ir.DataType:

@@ -91,10 +91,10 @@ def _run(
     valid = (torch.arange(T, device=projected.device) < lengths[:, None])[..., None]
     # Zeroed before any arithmetic, so that even NaN in the padding stays out of the states.
     rows = torch.where(valid, projected, 0).to(compute)
-    raw, gate, dt = rows.split([conv_state.shape[1], H * P, H], dim=-1)
+    raw, gate, dt = torch.split(rows, [conv_state.shape[1], H * P, H], dim=-1)
 
     mixed, conv_out = _convolve(raw, lengths, conv_state, weights)
-    v, k, q = mixed.split([kv * P, kv * N, H * N], dim=-1)
+    v, k, q = torch.split(mixed, [kv * P, kv * N, H * N], dim=-1)
     group = H // kv
     v = v.view(B, T, kv, P).repeat_interleave(group, dim=2)
     k = k.view(B, T, kv, N).repeat_interleave(group, dim=2)

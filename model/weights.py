@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import cast
-
 import torch
 from torch import Tensor, nn
 
@@ -14,6 +12,7 @@ from mmm_export.model.scan import Scan, chunked
 from mmm_export.model.tensors import HEAD, POSITIONS, SPECIAL_TABLE, TEXT_TABLE
 from mmm_export.model.vision import interpolate_positions
 from mmm_export.spec import ModelSpec
+
 
 def parameter(checkpoint: Checkpoint, model: nn.Module, name: str) -> Tensor:
     """The value of one parameter of MmMamba, in the stored type and the module's shape.
@@ -54,4 +53,4 @@ def load_model(checkpoint: Checkpoint, *, dtype: torch.dtype = torch.float32, sc
         value = nn.Parameter(parameter(checkpoint, model, name), requires_grad=False)
         setattr(model.get_submodule(owner_name), leaf, value)
     model.ropes = MmMamba.make_ropes(checkpoint.spec)  # computed, not stored: the ones made above hold no numbers
-    return cast(MmMamba, model.eval())
+    return model.eval()

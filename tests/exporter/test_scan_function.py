@@ -138,7 +138,7 @@ def test_standard_body_runs_where_there_are_only_standard_operators():
     assert {node.domain for node in model.functions[0].node} == {""}
     for tokens in (1, 70):
         feeds = feeds_of(model, 1, tokens, [tokens])
-        y, conv, ssm = ReferenceEvaluator(model).run(None, feeds)
+        y, _, ssm = ReferenceEvaluator(model).run(None, feeds)
         wanted = wanted_of(feeds, scan.ScanSizes(6, 3, 16, 16, 1e-5))
         assert relative_l2(y, wanted[0]) < 3e-6
         assert relative_l2(ssm, wanted[2]) < 3e-6
