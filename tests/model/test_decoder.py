@@ -53,7 +53,7 @@ def test_float64_model_equals_the_oracle_in_every_layer(name, make_checkpoint):
             on_layer=lambda i, x: layers.append(x),
         )
         logits = model.logits(hidden)[0]
-    # Two float64 programs: only the order of sums differs. Position interpolation alone is float32, as in the reference.
+    # Two float64 programs: only the order of sums differs. Interpolated positions are float32, as in the reference.
     rtol = 1e-6 if name == "interpolated positions" else 1e-9
     for found, layer_wanted in zip(layers, wanted.layer_outputs, strict=True):
         np.testing.assert_allclose(found[0].numpy(), layer_wanted, rtol=rtol, atol=rtol * np.abs(layer_wanted).max())
