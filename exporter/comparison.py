@@ -106,7 +106,7 @@ def _kl(wanted: Array, found: Array) -> float:
 
 
 FP32_LOGITS = (Bound("relative", 1e-4, "float32 on both sides; only the order of sums differs, through every layer"),)
-FP32_STATE = (Bound("l2", 1e-5, "float32 against float64: about a hundred roundings (6e-8 each) reach a state"),)
+FP32_LAYER = (Bound("l2", 1e-5, "float32 against float64: about a hundred roundings (6e-8 each) reach a layer"),)
 REDUCED_LOGITS = (
     Bound("kl", 1e-3, "16-bit weights and activations may move probabilities by a tenth of a percent, not answers"),
     Bound("cosine", 0.9999, "16-bit rounding is noise: it must not turn the vector of logits"),
@@ -119,9 +119,9 @@ def logits_bounds(dtype: Dtype) -> tuple[Bound, ...]:
     return FP32_LOGITS if dtype == "fp32" else REDUCED_LOGITS
 
 
-def state_bounds(dtype: Dtype) -> tuple[Bound, ...]:
-    """Bounds of each layer's state against float64; 16-bit bundles are judged by their logits alone."""
-    return FP32_STATE if dtype == "fp32" else ()
+def layer_bounds(dtype: Dtype) -> tuple[Bound, ...]:
+    """Bounds of each layer's output and states against float64; 16-bit bundles are judged by their logits alone."""
+    return FP32_LAYER if dtype == "fp32" else ()
 
 
 def split_bounds(dtype: Dtype) -> tuple[Bound, ...]:

@@ -16,7 +16,7 @@ from mmm_export.exporter.comparison import (
     compare,
     logits_bounds,
     split_bounds,
-    state_bounds,
+    layer_bounds,
 )
 from mmm_export.exporter.recording import BundleRecorder, Example, Recording, greedy, record_torch
 from mmm_export.images import load_image, tiles_from_image
@@ -139,8 +139,8 @@ def verify_bundle(
         *_compare_split(parted, found, split_bounds(manifest.dtype)),
     ]
     if oracle is not None:
-        rows += _compare_all(ORACLE_TO_ORT, found, oracle, (), state_bounds(manifest.dtype))
-        rows += _compare_all(ORACLE_TO_TORCH, wanted, oracle, (), state_bounds("fp32"))
+        rows += _compare_all(ORACLE_TO_ORT, found, oracle, (), layer_bounds(manifest.dtype))
+        rows += _compare_all(ORACLE_TO_TORCH, wanted, oracle, (), layer_bounds("fp32"))
     return VerifyReport(
         str(folder),
         str(checkpoint),
@@ -202,7 +202,7 @@ def _ids_without_tokenizer(spec: ModelSpec) -> list[int]:
 
 
 def _compare_all(
-    hop: str, found: Recording, wanted: Recording, logits: tuple[Bound, ...], states: tuple[Bound, ...]
+    hop: str, found: Recording, wanted: Recording, logits: tuple[Bound, ...], layers: tuple[Bound, ...]
 ) -> list[Comparison]:
     """Every value of a prefill, in the order it is computed."""
     rows = [
@@ -210,9 +210,9 @@ def _compare_all(
         compare("embeddings", hop, found.embeds, wanted.embeds),
     ]
     for i, (output, output_wanted) in enumerate(zip(found.layers, wanted.layers, strict=True)):
-        rows.append(compare(f"layer {i} output", hop, output, output_wanted, layer=i))
+        rows.append(compare(f"layer {i} output", hop, output, output_wanted, layer=i, bounds=layers))
         for name, state in found.states[i].items():
-            rows.append(compare(f"layer {i} {name}", hop, state, wanted.states[i][name], layer=i, bounds=states))
+            rows.append(compare(f"layer {i} {name}", hop, state, wanted.states[i][name], layer=i, bounds=layers))
     rows.append(compare("logits", hop, found.logits, wanted.logits, bounds=logits, logits=True))
     return rows
 
