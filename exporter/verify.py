@@ -14,9 +14,9 @@ from mmm_export.exporter.comparison import (
     Bound,
     Comparison,
     compare,
+    layer_bounds,
     logits_bounds,
     split_bounds,
-    layer_bounds,
 )
 from mmm_export.exporter.recording import BundleRecorder, Example, Recording, greedy, record_torch
 from mmm_export.images import load_image, tiles_from_image
