@@ -46,8 +46,8 @@ def merge_patches(x: Tensor, vision: VisionSpec) -> Tensor:
 def interpolate_positions(table: Tensor, vision: VisionSpec) -> Tensor:
     """Positions at the grid of a tile, from the stored table (1, 1 + position_grid^2, hidden).
 
-    The first row belongs to a class token that this model does not use. Bicubic in float32 as in the reference, then back to
-    the stored type; the identity when the grids are equal.
+    The first row belongs to a class token that this model does not use. Bicubic in float32 as in the reference, and left so:
+    it is rounded where it is used. The stored rows when the grids are equal.
     """
     rows = table[0, 1:]
     if vision.grid == vision.position_grid:
@@ -55,4 +55,4 @@ def interpolate_positions(table: Tensor, vision: VisionSpec) -> Tensor:
     side = vision.position_grid
     grid = rows.float().reshape(1, side, side, -1).permute(0, 3, 1, 2)
     resized = F.interpolate(grid, size=(vision.grid, vision.grid), mode="bicubic", align_corners=False)
-    return resized.flatten(2)[0].T.contiguous().to(table.dtype)
+    return resized.flatten(2)[0].T.contiguous()

@@ -25,7 +25,7 @@ CASES = {
     "wide conv, one kv head": (tiny_spec(kinds=("mamba2", "mamba2"), heads=4, kv_heads=1, conv_width=4), {}, {}),
     "interpolated, special rows, normalised": (
         tiny_spec(tile_size=84, position_grid=4, special_tokens=3, normalize_embedding=True, llm_layers=1),
-        {"dtype": "fp32"},
+        {"dtype": "bf16"},
         {},
     ),
     "standard body": (tiny_spec(llm_layers=1), {}, {"body": "standard"}),

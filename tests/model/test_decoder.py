@@ -37,7 +37,7 @@ def sample(spec, tokens, tiles=1, seed=0):
 
 @pytest.mark.parametrize("name", SPECS)
 def test_float64_model_equals_the_oracle_in_every_layer(name, make_checkpoint):
-    folder = make_checkpoint(SPECS[name], dtype="fp32")
+    folder = make_checkpoint(SPECS[name], dtype="bf16")
     source = Checkpoint.open(folder)
     ids, pixels = sample(source.spec, 90)
     wanted = OracleModel.from_checkpoint(folder).forward(ids, pixels)
