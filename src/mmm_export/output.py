@@ -1,0 +1,316 @@
+"""Outputs that are whole or absent: written beside their place under a temporary name, renamed when complete."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import re
+import secrets
+import shutil
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import FrameType
+
+from mmm_export import names
+from mmm_export.errors import OutputError
+
+# Small files (manifest, graphs, tokenizer) are flushed to the disk before the rename. Weights are not: flushing 5 GB
+# would dominate an export, and the manifest holds their hash, so a power cut that lost some of them is noticed on load.
+FLUSHED_BYTES = 64 << 20
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_GIB = 1 << 30
+
+
+@contextmanager
+def output_folder(
+    target: Path,
+    *,
+    force: bool,
+    needed_bytes: int = 0,
+    marker: str = names.MANIFEST_FILE,
+    protect: tuple[Path, ...] = (),
+) -> Iterator[Path]:
+    """Yield a temporary folder beside `target` that becomes `target` when the block ends, and vanishes if it raises.
+
+    Ctrl-C and SIGTERM remove it too; what kill -9 leaves behind is removed by the next call for the same target.
+
+    Args:
+        target: the folder to write. An empty one may exist already.
+        force: replace an existing folder, if it holds the file `marker`, so that no foreign folder is ever deleted.
+        needed_bytes: refuse to begin when the file system has less than this free.
+        marker: a file that every folder of this kind has.
+        protect: folders that must not be replaced, such as the input of the work.
+
+    Raises:
+        OutputError: the target exists, cannot be created, or the disk is full.
+    """
+    target = _resolved(target)
+    _refuse_unless_replaceable(target, force=force, marker=marker, protect=protect)
+    parent = _parent_of(target)
+    _remove_leftovers(target)
+    _refuse_unless_free(parent, target, needed_bytes)
+    temporary = _temporary_name(target, "partial")
+    with _terminate_as_exception():
+        lock = -1
+        try:
+            try:
+                temporary.mkdir()
+                lock = _lock(temporary)
+            except OSError as error:
+                raise _cannot_write(target, error) from error
+            with _disk_full_explained(target, needed_bytes):
+                yield temporary
+                _flush_small_files(temporary)
+                with _signals_deferred():
+                    _swap_in(temporary, target)
+        finally:
+            if lock >= 0:
+                os.close(lock)
+            with _signals_deferred():
+                shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def output_file(target: Path, *, force: bool = True) -> Iterator[Path]:
+    """Like `output_folder` for one file: yield the path to write, which becomes `target` when the block ends."""
+    target = _resolved(target)
+    if target.is_dir():
+        raise OutputError(f"{target} cannot be written", found="a folder of that name", wanted="a file name")
+    if target.exists() and not force:
+        raise OutputError(f"{target} exists", wanted="a new file name", hint="choose another name or remove it")
+    _parent_of(target)
+    _remove_leftovers(target)
+    temporary = _temporary_name(target, "partial")
+    with _terminate_as_exception():
+        try:
+            try:
+                os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+            except OSError as error:
+                raise _cannot_write(target, error) from error
+            with _disk_full_explained(target, 0):
+                yield temporary
+                _flush(temporary)
+                with _signals_deferred():
+                    temporary.replace(target)
+                    _flush(target.parent)
+        finally:
+            with suppress(FileNotFoundError):
+                temporary.unlink()
+
+
+def _resolved(target: Path) -> Path:
+    # A link is followed, so that the place it points to is written and the link stays. "." has no name to rename.
+    return target.resolve() if target.is_symlink() or target.name in ("", "..") else target
+
+
+def _refuse_unless_replaceable(target: Path, *, force: bool, marker: str, protect: tuple[Path, ...]) -> None:
+    for kept in protect:
+        place = kept.resolve()
+        if target.resolve() in (place, *place.parents):
+            raise OutputError(
+                f"{target} cannot be replaced",
+                found=f"it holds the input {kept}",
+                wanted="an output apart from the input",
+                hint="choose another output folder",
+            )
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise OutputError(f"{target} cannot be written", found="a file of that name", wanted="a folder name")
+    content = sorted(path.name for path in target.iterdir())
+    if not content:
+        return
+    if not force:
+        raise OutputError(
+            f"{target} exists",
+            found=f"a folder with {len(content)} entries",
+            wanted="a new or an empty folder",
+            hint="choose another output folder, or replace this one with --force",
+        )
+    if marker not in content:
+        raise OutputError(
+            f"{target} will not be replaced",
+            found=f"a folder without {marker}: {', '.join(content[:4])}{' ...' if len(content) > 4 else ''}",
+            wanted=f"a folder with {marker}, as mmm-export writes it",
+            hint="choose another output folder, or remove this one yourself",
+        )
+
+
+def _parent_of(target: Path) -> Path:
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _cannot_write(target, error) from error
+    return target.parent
+
+
+def _cannot_write(target: Path, error: OSError) -> OutputError:
+    if error.errno in _FULL:
+        return _disk_full(target, 0)
+    return OutputError(
+        f"{target} cannot be written",
+        found=f"{error.strerror or error} in {target.parent}",
+        wanted="a folder that you may write to",
+        hint="choose another output, or change the permissions",
+    )
+
+
+def _refuse_unless_free(parent: Path, target: Path, needed_bytes: int) -> None:
+    if needed_bytes and shutil.disk_usage(parent).free < needed_bytes:
+        raise _disk_full(target, needed_bytes)
+
+
+def _disk_full(target: Path, needed_bytes: int) -> OutputError:
+    free = shutil.disk_usage(target.parent).free
+    return OutputError(
+        f"the disk is too full to write {target}",
+        found=f"{free / _GIB:.2f} GiB free in {target.parent}",
+        wanted=f"{needed_bytes / _GIB:.2f} GiB" if needed_bytes > free else "more free space",
+        hint="free some space or choose an output on another disk; nothing was left behind",
+    )
+
+
+@contextmanager
+def _disk_full_explained(target: Path, needed_bytes: int) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        cause: BaseException | None = error
+        while cause is not None:
+            # Libraries in Rust and C++ wrap the system's error into their own class and keep only its words.
+            if (isinstance(cause, OSError) and cause.errno in _FULL) or "No space left on device" in str(cause):
+                raise _disk_full(target, needed_bytes) from error
+            cause = cause.__cause__ or cause.__context__
+        raise
+
+
+def _temporary_name(target: Path, kind: str) -> Path:
+    return target.parent / f".{target.name}.{kind}-{os.getpid()}-{secrets.token_hex(4)}"
+
+
+def _remove_leftovers(target: Path) -> None:
+    """Remove what dead processes left of earlier tries at the same target."""
+    pattern = re.compile(re.escape(f".{target.name}.") + r"(partial|previous)-(\d+)-[0-9a-f]{8}")
+    for path in target.parent.iterdir():
+        match = pattern.fullmatch(path.name)
+        if match is None or _is_alive(int(match[2])) or _is_locked(path):
+            continue
+        if match[1] == "previous" and not target.exists():
+            continue  # killed between the two renames of a replacement: this is the only whole copy
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            with suppress(OSError):
+                path.unlink()
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def _lock(folder: Path) -> int:
+    """Lock the folder for as long as this process lives: a process number says nothing in another container."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    with suppress(OSError):  # some network file systems have no locks; then the process number alone decides
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return descriptor
+
+
+def _is_locked(path: Path) -> bool:
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError:
+        return True
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno in _FULL or error.errno == errno.EIO:
+            raise  # delayed allocation can meet a full disk only now
+    finally:
+        os.close(descriptor)
+
+
+def _flush_small_files(folder: Path) -> None:
+    for path in folder.rglob("*"):
+        if path.is_file() and path.stat().st_size <= FLUSHED_BYTES:
+            _flush(path)
+    _flush(folder)
+
+
+def _swap_in(temporary: Path, target: Path) -> None:
+    """Rename, with an old folder moved aside first; if the second rename fails, the old one comes back."""
+    previous = _temporary_name(target, "previous")
+    replaces = target.exists() and any(target.iterdir())
+    try:
+        if replaces:
+            target.rename(previous)
+        try:
+            temporary.rename(target)
+        except OSError:
+            if replaces:
+                previous.rename(target)
+            raise
+    except OSError as error:
+        raise _cannot_write(target, error) from error
+    _flush(target.parent)
+    if replaces:
+        shutil.rmtree(previous, ignore_errors=True)
+
+
+@contextmanager
+def _terminate_as_exception() -> Iterator[None]:
+    """SIGTERM unwinds the stack like Ctrl-C, so that cleaning up happens; the exit code stays the usual 143."""
+    handles = threading.current_thread() is threading.main_thread()
+    if not handles or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+
+    def terminate(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+@contextmanager
+def _signals_deferred() -> Iterator[None]:
+    """Hold SIGINT and SIGTERM back over a few renames or removals, then deliver the last one."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    arrived: list[int] = []
+    kept = {
+        number: signal.signal(number, lambda number, frame: arrived.append(number))
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield
+    finally:
+        for number, handler in kept.items():
+            signal.signal(number, handler)
+        if arrived:
+            signal.raise_signal(arrived[-1])
