@@ -1,0 +1,41 @@
+# Every command of the project. Each sets up what it needs in .venv and says so; nothing outside the package index is used.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+INPUTS := pyproject.toml constraints.txt Makefile
+ARGS ?=
+
+export PIP_ROOT_USER_ACTION := ignore
+
+.PHONY: help check test test-full demo format clean
+
+help: ## Show the commands
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+
+check: $(VENV)/.test-installed ## Lint, types and layering, without tests
+	@$(BIN)/ruff check --quiet . && $(BIN)/ruff format --check --quiet .
+	@$(BIN)/mypy
+	@said=$$(PYTHONPATH=src $(BIN)/lint-imports --no-cache 2>&1) || { echo "$$said"; exit 1; }
+
+test: check ## Lint, types, layering and the quick tests: what CI runs
+	@$(BIN)/python -m pytest -n 2 -m "not gpu and not slow" $(ARGS)
+
+test-full: check ## The same and the tests that take minutes
+	@$(BIN)/python -m pytest -n 2 -m "not gpu" $(ARGS)
+
+demo: $(VENV)/.demo-installed ## Write, export, verify and ask a tiny random model about a photograph
+	@$(BIN)/mmm-export demo $(ARGS)
+
+format: $(VENV)/.test-installed ## Format the code and mend what lint can mend
+	@$(BIN)/ruff check --fix-only --quiet . && $(BIN)/ruff format .
+
+clean: ## Remove the environment and what the commands wrote
+	rm -rf $(VENV) build dist demo-output .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+
+$(VENV)/.%-installed: $(INPUTS)
+	@echo "Setting up $(VENV) for 'make $*' (once; downloads PyTorch and more, which can take minutes)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { echo "error: $(PYTHON) cannot make a virtual environment; install python3-venv, or set PYTHON=..." >&2; exit 1; }
+	@$(PIP) install --quiet --constraint constraints.txt --editable '.[$*]'
+	@touch $@

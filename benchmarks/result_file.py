@@ -1,0 +1,79 @@
+"""Writes benchmarks/results/WHERE-WHAT.json: what was measured, where, by which command, with which versions."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import platform
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import mmm_export
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = Path(__file__).resolve().parent / "results"
+PACKAGES = ("torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "numpy", "safetensors")
+
+
+def write_results(path: Path, what: str, rows: Sequence[dict[str, Any]]) -> None:
+    """Write one result file.
+
+    Args:
+        path: the file; its folder must exist.
+        what: one sentence.
+        rows: one row a measurement, units in the key names.
+    """
+    data = {
+        "what": what,
+        "where": machine(),
+        "date": datetime.date.today().isoformat(),
+        "commit": commit(),
+        "command": shlex.join(["python", *_relative(sys.argv)]),
+        "versions": {"python": platform.python_version(), **_versions()},
+        "rows": list(rows),
+    }
+    path.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def machine() -> str:
+    """Name the processor, its cores and the memory."""
+    import os
+
+    info = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    names = [line.partition(":")[2].strip() for line in info.splitlines() if line.startswith("model name")]
+    gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    return f"{names[0] if names else platform.machine()}, {len(os.sched_getaffinity(0))} cores, {gib:.0f} GiB"
+
+
+def commit() -> str | None:
+    """Name the commit of the working tree, with "+" when it holds changes; None outside a repository."""
+    head = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    if head.returncode != 0:
+        return None
+    changes = subprocess.run(["git", "status", "--porcelain"], cwd=ROOT, capture_output=True, text=True, check=False)
+    return head.stdout.strip() + ("+" if changes.stdout.strip() else "")
+
+
+def _versions() -> dict[str, str]:
+    found = {"mmm-export": mmm_export.__version__}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _relative(arguments: Sequence[str]) -> list[str]:
+    """Write the command as one would type it in the repository, without this machine's folders."""
+    return [
+        str(Path(a).resolve().relative_to(ROOT)) if Path(a).resolve().is_relative_to(ROOT) and "/" in a else a
+        for a in arguments
+    ]

@@ -1,0 +1,84 @@
+"""Puts the figures of benchmarks/results into the documents, between their markers, so that no number is typed by hand.
+
+python benchmarks/tables.py            rewrites the documents
+python benchmarks/tables.py --check    exit code 1 when a document and the results differ
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+DOCUMENTS = ("README.md",)
+BLOCK = re.compile(r"(<!-- results: ([a-z0-9-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+Results = dict[str, Any]
+
+
+def export_table(results: Results) -> str:
+    rows = [
+        (
+            f"{row['model']}, {row['checkpoint_dtype']} to {row['bundle_dtype']}",
+            f"{row['bundle_bytes'] / 1e9:.2f} GB",
+            f"{row['wall_s']:.0f} s",
+            f"{row['peak_anonymous_mib'] * 2**20 / 1e9:.2f} GB",
+        )
+        for row in results["rows"]
+    ]
+    return _table(("`mmm-export onnx`", "bundle", "time", "peak memory, without page cache"), rows)
+
+
+def memory_table(results: Results) -> str:
+    rows = [(f"{row['tokens']:,}", f"{row['anonymous_mib']:.0f} MiB") for row in results["rows"]]
+    model = results["rows"][0]["model"]
+    return _table((f"tokens in the context ({model})", "memory of the process, without page cache"), rows)
+
+
+RENDERERS: dict[str, Callable[[Results], str]] = {"cpu-export": export_table, "cpu-runtime-memory": memory_table}
+
+
+def rendered(document: str) -> str:
+    """Return a document with its blocks as the result files have them; a block without results says so."""
+
+    def block(match: re.Match[str]) -> str:
+        path = RESULTS / f"{match[2]}.json"
+        if not path.is_file():
+            return f"{match[1]}Not measured yet.\n{match[3]}"
+        results = json.loads(path.read_text(encoding="utf-8"))
+        source = f"{results['where']}; `{results['command']}`; [{path.name}]({path.relative_to(ROOT)})"
+        return f"{match[1]}{RENDERERS[match[2]](results)}\n\n{source}\n{match[3]}"
+
+    return BLOCK.sub(block, document)
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing")
+    options = parser.parse_args()
+    differ = []
+    for name in DOCUMENTS:
+        path = ROOT / name
+        text = path.read_text(encoding="utf-8")
+        if rendered(text) != text:
+            differ.append(name)
+            if not options.check:
+                path.write_text(rendered(text), encoding="utf-8")
+    if differ and options.check:
+        sys.stderr.write(f"{', '.join(differ)} differ from benchmarks/results; run python benchmarks/tables.py\n")
+    return 1 if differ and options.check else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
