@@ -126,6 +126,7 @@ def export_bundle(
             files=files,
             tools=_tool_versions(),
             environment=STANDARD_OPS_ENVIRONMENT if options.standard_ops else {},
+            findings=source.findings,
         )
         write_manifest(folder, manifest)
     return manifest

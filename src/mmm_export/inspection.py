@@ -67,6 +67,7 @@ def _bundle(folder: Path) -> dict[str, Any]:
         "files": {name: info.bytes for name, info in manifest.files.items()},
         "tools": manifest.tools,
         "environment": manifest.environment,
+        "findings": list(manifest.findings),
     }
 
 

@@ -47,7 +47,7 @@ class Manifest:
     """Content of a bundle's manifest.json.
 
     `max_tokens` is the KV cache capacity of a model with attention layers, 0 without. `environment` names variables that a
-    runtime needs before it loads the graphs.
+    runtime needs before it loads the graphs. `findings` are the checkpoint's contradictions and what was assumed instead.
     """
 
     model: ModelSpec
@@ -62,6 +62,7 @@ class Manifest:
     files: dict[str, FileInfo]
     tools: dict[str, str]
     environment: dict[str, str] = dataclasses.field(default_factory=dict)
+    findings: tuple[str, ...] = ()
 
     @property
     def model_sha256(self) -> str:
@@ -80,11 +81,12 @@ class Manifest:
         def tensors(rows: list[dict[str, Any]]) -> tuple[TensorInfo, ...]:
             return tuple(TensorInfo(r["name"], r["dtype"], tuple(r["shape"])) for r in rows)
 
-        fields = {k: v for k, v in data.items() if k not in ("schema", "kind", "model", "graphs", "files")}
+        fields = {k: v for k, v in data.items() if k not in ("schema", "kind", "model", "graphs", "files", "findings")}
         return cls(
             model=ModelSpec.from_json(data["model"]),
             graphs={n: GraphInfo(tensors(g["inputs"]), tensors(g["outputs"])) for n, g in data["graphs"].items()},
             files={n: FileInfo(**f) for n, f in data["files"].items()},
+            findings=tuple(data.get("findings", ())),
             **fields,
         )
 

@@ -100,6 +100,7 @@ def export_summary(folder: Path, manifest: Manifest) -> str:
         )
     else:
         lines.append(f"state: {fixed} for each sequence, whatever its length")
+    lines += [f"finding: {text}" for text in manifest.findings]
     for name, value in manifest.environment.items():
         lines.append(f"note: other programs load these graphs with {name}={value} in their environment")
     lines.append(f"next: mmm-export verify {shlex.quote(str(folder))} --checkpoint CHECKPOINT")

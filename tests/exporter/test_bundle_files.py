@@ -1,7 +1,6 @@
 """What an export leaves on disk: complete bundles, or nothing; and a manifest that tells the truth."""
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -47,8 +46,15 @@ def test_manifest_lists_every_file_and_every_graph_tensor(make_checkpoint, make_
             assert list(tensor.shape) == dims
 
 
+def test_findings_about_the_checkpoint_travel_with_the_bundle(make_checkpoint, make_bundle):
+    checkpoint = make_checkpoint(SMALL, config_overrides={"torch_dtype": "float32"})
+    (finding,) = read_manifest(make_bundle(checkpoint)).findings
+    assert "torch_dtype" in finding
+
+
 def test_graphs_stay_readable_for_old_consumers(make_checkpoint, make_bundle):
-    model = onnx.load(make_bundle(make_checkpoint("linear")) / "decoder.onnx", load_external_data=False)
+    folder = make_bundle(make_checkpoint("linear"), body="linear-attention")
+    model = onnx.load(folder / "decoder.onnx", load_external_data=False)
     assert model.ir_version == 10
     assert {o.domain: o.version for o in model.opset_import} == {"": 20, "mmm": 1, "com.microsoft": 1}
     scans = [node for node in model.graph.node if node.op_type == "MmmSelectiveScan"]
@@ -200,7 +206,7 @@ def test_weights_too_large_for_fp16_are_refused_by_name(make_checkpoint, tmp_pat
 def test_nan_in_the_weights_is_refused_by_name(make_checkpoint, tmp_path):
     name = "language_model.model.norm.weight"
     checkpoint = make_checkpoint(SMALL, extra={name: np.full(64, np.nan, np.float32)})
-    with pytest.raises(CheckpointError, match="language_model.model.norm.weight"):
+    with pytest.raises(CheckpointError, match=r"language_model\.model\.norm\.weight"):
         export_bundle(checkpoint, tmp_path / "bundle")
 
 
@@ -274,5 +280,5 @@ def test_a_path_out_of_the_bundle_is_refused(copy):
 
 def test_a_bundle_moves(copy):
     moved = copy.parent / "moved"
-    os.rename(copy, moved)
+    copy.rename(moved)
     assert PlainBundle(moved).embed([[5]]).shape == (1, 1, 64)
