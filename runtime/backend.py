@@ -1,0 +1,52 @@
+"""What a session needs from an inference engine: three graphs and the state of one sequence."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+
+
+class Backend(Protocol):
+    """One loaded model and the state of one sequence.
+
+    `advance` and `write_state` take effect as a whole or not at all: when they raise, the state and `tokens` are those
+    of before the call. A session relies on it, and finds out from `tokens` whether an interrupted call took effect.
+    """
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that the state stands for."""
+
+    def image_features(self, pixel_values: Array) -> Array:
+        """Turn image tiles (tiles, 3, S, S) float32 into features (tiles * tokens_per_tile, hidden)."""
+
+    def advance(self, input_ids: NDArray[np.int64], features: Array | None) -> NDArray[np.float32]:
+        """Run T tokens through the model and update the state.
+
+        Args:
+            input_ids: (T,), T at least 1, all in the vocabulary; the KV cache has room for them.
+            features: (M, hidden), one row for each image token of `input_ids` in order; None for none.
+
+        Returns: logits of the last token, (vocab,); the caller may keep it.
+
+        """
+
+    def read_state(self, rows: int) -> dict[str, Array]:
+        """Copy the state, by graph input name; of KV caches only the first `rows` tokens."""
+
+    def write_state(self, arrays: Mapping[str, Array], tokens: int) -> None:
+        """Replace the state by that of `tokens` tokens, laid out as `read_state` gives it.
+
+        KV cache rows that `arrays` does not have are kept as they are, up to `tokens`.
+        """
+
+    def clear(self) -> None:
+        """Go back to the state of no tokens."""
+
+    def close(self) -> None:
+        """Free the model. Nothing else may be called afterwards."""

@@ -1,0 +1,183 @@
+"""Opens the graphs of a bundle with ONNX Runtime, and refuses those that are not what the manifest says."""
+
+from __future__ import annotations
+
+import difflib
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+import onnxruntime
+
+from mmm_export import names
+from mmm_export.environment import environment
+from mmm_export.errors import BundleError, OptionError
+from mmm_export.manifest import Manifest, TensorInfo
+from mmm_export.runtime.state_layout import state_layout
+
+CPU_PROVIDER = "CPUExecutionProvider"
+_SUFFIX = "ExecutionProvider"
+
+ONNX_TYPES = {
+    "float32": "tensor(float)",
+    "float16": "tensor(float16)",
+    "bfloat16": "tensor(bfloat16)",
+    "int64": "tensor(int64)",
+    "int32": "tensor(int32)",
+}
+
+# What a manifest may ask for. ONNX Runtime reads this one whenever it opens a graph: "0" lets it open opsets that its
+# release does not know as final yet. Anything else in a manifest is refused, since a bundle is data and not a program.
+KNOWN_VARIABLES = ("ALLOW_RELEASED_ONNX_OPSET_ONLY",)
+_environment_lock = threading.Lock()
+
+FATAL = 4  # log severity: errors come as exceptions, so nothing need be printed besides
+
+
+def providers_from_names(wanted: Sequence[str] | None) -> list[str]:
+    """Full names of the execution providers, in order of preference; the CPU's for None.
+
+    Args:
+        wanted: names such as "CPUExecutionProvider" or, short, "cpu"; case does not matter.
+
+    Raises:
+        OptionError: a name that this build of ONNX Runtime does not have.
+
+    """
+    available = onnxruntime.get_available_providers()
+    short = {name.removesuffix(_SUFFIX).lower(): name for name in available}
+    providers = []
+    for name in [CPU_PROVIDER] if wanted is None else wanted:
+        key = name.lower().removesuffix(_SUFFIX.lower())
+        if key not in short:
+            spellings = {**short, **{full.lower(): full for full in available}}
+            near = difflib.get_close_matches(name.lower(), spellings, n=1)
+            raise OptionError(
+                f"no execution provider {name!r}",
+                found=f"onnxruntime {onnxruntime.__version__}",
+                wanted=", ".join(available),
+                hint=f"did you mean {spellings[near[0]]}?" if near else "GPUs need the package onnxruntime-gpu",
+            )
+        providers.append(short[key])
+    if not providers:
+        raise OptionError("no execution provider was named", wanted=", ".join(available))
+    return providers
+
+
+def check_requirements(folder: Path, manifest: Manifest, providers: list[str]) -> None:
+    """Refuse a bundle that this machine cannot run or whose manifest contradicts itself. Raises BundleError."""
+    if manifest.dtype == "bf16" and providers[0] == CPU_PROVIDER:
+        raise BundleError(
+            f"{folder} holds a bf16 model, which ONNX Runtime cannot compute on a CPU",
+            found=f"dtype bf16, provider {CPU_PROVIDER}",
+            wanted="fp32 or fp16 for a CPU",
+            hint="export it again: mmm-export onnx CHECKPOINT -o BUNDLE --dtype fp32",
+        )
+    unknown = sorted(set(manifest.environment) - set(KNOWN_VARIABLES))
+    if unknown:
+        raise BundleError(
+            f"{folder} asks for an environment variable that this version does not know",
+            found=", ".join(unknown),
+            wanted=" or ".join(KNOWN_VARIABLES),
+            hint="upgrade mmm-export",
+        )
+    for file in names.GRAPH_FILES:
+        if file not in manifest.graphs or file not in manifest.files:
+            raise BundleError(
+                f"{folder} lists no {file}", wanted=", ".join(names.GRAPH_FILES), hint="export the bundle again"
+            )
+    decoder = manifest.graphs[names.DECODER_FILE]
+    inputs = {tensor.name: tensor for tensor in decoder.inputs}
+    outputs = {tensor.name: tensor for tensor in decoder.outputs}
+    for state in state_layout(manifest):
+        wanted = TensorInfo(state.name, state.dtype, ("B", *state.shape[1:]))
+        _check_tensor(folder / names.DECODER_FILE, inputs.get(state.name), wanted)
+        name = names.present(state.name)
+        _check_tensor(folder / names.DECODER_FILE, outputs.get(name), TensorInfo(name, wanted.dtype, wanted.shape))
+
+
+def open_graph(
+    folder: Path, file: str, manifest: Manifest, *, providers: list[str], threads: int | None
+) -> onnxruntime.InferenceSession:
+    """Open one graph and compare its inputs and outputs with the manifest.
+
+    Args:
+        folder: the bundle.
+        file: name of the graph's file.
+        manifest: the bundle's; `check_requirements` has passed it.
+        providers: full names, in order of preference.
+        threads: to compute with; None for one a core.
+
+    Raises:
+        BundleError: ONNX Runtime refuses it, or its inputs or outputs are others.
+
+    """
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = FATAL
+    # Prepacked weights gain nothing measurable at one token and little at 512, but double the memory of the weights,
+    # which otherwise stay mapped files, and the time to open.
+    options.add_session_config_entry("session.disable_prepacking", "1")
+    # A memory plan is kept for every chunk length that ever occurs; lengths of prompts are endless.
+    options.enable_mem_pattern = False
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    if file != names.DECODER_FILE:
+        # Threads that spin after an image or a look-up would take the cores from the decoder.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    path = folder / file
+    try:
+        with _environment_lock, environment(manifest.environment):
+            session = onnxruntime.InferenceSession(path, options, providers=providers)
+    except Exception as error:
+        raise BundleError(
+            f"ONNX Runtime cannot open {path}",
+            found=first_line(error),
+            wanted=f"a graph that onnxruntime {onnxruntime.__version__} runs with {', '.join(providers)}",
+            hint="export the bundle again, or upgrade onnxruntime",
+        ) from error
+    graph = manifest.graphs[file]
+    for actual, expected in ((session.get_inputs(), graph.inputs), (session.get_outputs(), graph.outputs)):
+        found = {node.name: node for node in actual}
+        for tensor in expected:
+            node = found.pop(tensor.name, None)
+            info = None if node is None else TensorInfo(node.name, _dtype(node.type), tuple(node.shape))
+            _check_tensor(path, info, tensor)
+        if found:
+            raise _mismatch(path, f"{', '.join(found)} besides what the manifest lists", "nothing else")
+    return session
+
+
+def first_line(error: BaseException) -> str:
+    """Tell what ONNX Runtime says, without its trace."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:300] if lines else type(error).__name__
+
+
+def _check_tensor(path: Path, found: TensorInfo | None, wanted: TensorInfo) -> None:
+    if found is None:
+        raise _mismatch(path, f"no {wanted.name}", _told(wanted))
+    fits = len(found.shape) == len(wanted.shape) and all(map(_fits, found.shape, wanted.shape))
+    if not fits or found.dtype != wanted.dtype:
+        raise _mismatch(path, _told(found), _told(wanted))
+
+
+def _fits(found: int | str | None, wanted: int | str | None) -> bool:
+    """Compare two dimensions; a symbolic one, which ONNX Runtime may name otherwise, fits all."""
+    return found == wanted or not (isinstance(found, int) and isinstance(wanted, int))
+
+
+def _mismatch(path: Path, found: str, wanted: str) -> BundleError:
+    return BundleError(
+        f"the inputs and outputs of {path} are not those of its model",
+        found=found,
+        wanted=wanted,
+        hint="export the bundle again",
+    )
+
+
+def _told(tensor: TensorInfo) -> str:
+    return f"{tensor.name} {tensor.dtype} ({', '.join(map(str, tensor.shape))})"
+
+
+def _dtype(onnx_type: str) -> str:
+    return next((dtype for dtype, name in ONNX_TYPES.items() if name == onnx_type), onnx_type)

@@ -1,0 +1,147 @@
+"""The ONNX Runtime backend: three graphs, states bound to fixed buffers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+from numpy.typing import NDArray
+
+from mmm_export import names
+from mmm_export.errors import MmmError
+from mmm_export.manifest import Manifest
+from mmm_export.runtime.backend import Array
+from mmm_export.runtime.graph_loading import check_requirements, first_line, open_graph, providers_from_names
+from mmm_export.runtime.state_layout import GRAPH_DTYPE, STORAGE, state_layout
+from mmm_export.runtime.state_pool import StatePool
+
+_BFLOAT16 = 16  # onnx.TensorProto.BFLOAT16
+
+
+class OnnxRuntimeBackend:
+    """Runs a bundle with ONNX Runtime. Implements `Backend`.
+
+    States live in host memory. On the CPU ONNX Runtime reads and writes them in place; with another provider it copies
+    them to the device and back at every call, which is right but not fast.
+
+    Args:
+        folder: the bundle; its files were checked.
+        manifest: of that folder.
+        providers: execution providers in order of preference; None for the CPU.
+        threads: to compute with; None for one a core.
+
+    Raises:
+        BundleError: a graph cannot be run here or is not what the manifest says.
+        OptionError: an unknown provider.
+
+    """
+
+    def __init__(
+        self, folder: Path, manifest: Manifest, *, providers: Sequence[str] | None = None, threads: int | None = None
+    ) -> None:
+        chosen = providers_from_names(providers)
+        check_requirements(folder, manifest, chosen)
+
+        def session(file: str, threads: int | None) -> onnxruntime.InferenceSession:
+            return open_graph(folder, file, manifest, providers=chosen, threads=threads)
+
+        self._embedding = session(names.EMBEDDING_FILE, 1)  # a look-up of rows has nothing to share among threads
+        self._vision = session(names.VISION_FILE, threads)
+        self._decoder = session(names.DECODER_FILE, threads)
+        self._manifest = manifest
+        self._spec = manifest.model
+        self._storage = STORAGE[GRAPH_DTYPE[manifest.dtype]]
+        self._is_bfloat16 = manifest.dtype == "bf16"
+        self._takes_past_lengths = any(node.name == names.PAST_LENGTHS for node in self._decoder.get_inputs())
+        self._pool = StatePool(state_layout(manifest))
+        self._slots = tuple({name: self._value(buffer) for name, buffer in slot.items()} for slot in self._pool.slots)
+        self._no_features = np.zeros((0, self._spec.hidden_size), self._storage)
+
+    @property
+    def tokens(self) -> int:
+        return self._pool.tokens
+
+    def image_features(self, pixel_values: Array) -> Array:
+        rows = len(pixel_values) * self._spec.vision.tokens_per_tile
+        features = np.empty((rows, self._spec.hidden_size), self._storage)
+        inputs = {names.PIXEL_VALUES: self._value(np.ascontiguousarray(pixel_values))}
+        _run_bound(names.VISION_FILE, self._vision, inputs, {names.IMAGE_FEATURES: self._value(features)})
+        return features
+
+    def advance(self, input_ids: NDArray[np.int64], features: Array | None) -> NDArray[np.float32]:
+        embeds = self._embed(input_ids, self._no_features if features is None else features)
+        count, slot = len(input_ids), self._pool.current
+        inputs = {
+            **self._slots[slot],
+            names.INPUTS_EMBEDS: embeds,
+            names.LENGTHS: self._value(np.array([count], np.int32)),
+        }
+        if self._takes_past_lengths:
+            inputs[names.PAST_LENGTHS] = self._value(np.array([self._pool.tokens], np.int32))
+        rows = count if self._manifest.logits == "all" else 1
+        logits = np.empty((1, rows, self._spec.vocab_size), np.float32)
+        outputs = {names.present(name): value for name, value in self._slots[1 - slot].items()}
+        outputs[names.LOGITS] = self._value(logits)
+        _run_bound(names.DECODER_FILE, self._decoder, inputs, outputs)
+        self._pool.commit(count)
+        last: NDArray[np.float32] = logits[0, -1]
+        return last if rows == 1 else last.copy()
+
+    def read_state(self, rows: int) -> dict[str, Array]:
+        return self._pool.read(rows)
+
+    def write_state(self, arrays: Mapping[str, Array], tokens: int) -> None:
+        self._pool.write(arrays, tokens)
+
+    def clear(self) -> None:
+        self._pool.clear()
+
+    def close(self) -> None:
+        del self._slots, self._pool, self._decoder, self._vision, self._embedding
+
+    def _embed(self, input_ids: NDArray[np.int64], features: Array) -> onnxruntime.OrtValue:
+        inputs = {
+            names.INPUT_IDS: self._value(np.ascontiguousarray(input_ids[None])),
+            names.IMAGE_FEATURES: self._value(np.ascontiguousarray(features)),
+        }
+        with _explained(names.EMBEDDING_FILE):
+            (embeds,) = self._embedding.run_with_ort_values([names.INPUTS_EMBEDS], inputs)
+        return embeds
+
+    def _value(self, array: NDArray[Any]) -> onnxruntime.OrtValue:
+        """Wrap an array without copying it; its memory is read, or written, when the graph runs."""
+        if self._is_bfloat16 and array.dtype == np.uint16:
+            return onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(array, _BFLOAT16)
+        return onnxruntime.OrtValue.ortvalue_from_numpy(array)
+
+
+def _run_bound(
+    file: str,
+    session: onnxruntime.InferenceSession,
+    inputs: Mapping[str, onnxruntime.OrtValue],
+    outputs: Mapping[str, onnxruntime.OrtValue],
+) -> None:
+    """Run a graph, which updates the memory of `outputs`. The caller's mappings keep all memory alive meanwhile."""
+    with _explained(file):
+        binding = session.io_binding()
+        for name, value in inputs.items():
+            binding.bind_ortvalue_input(name, value)
+        for name, value in outputs.items():
+            binding.bind_ortvalue_output(name, value)
+        session.run_with_iobinding(binding)
+
+
+@contextmanager
+def _explained(file: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        raise MmmError(
+            f"ONNX Runtime failed while running {file}",
+            found=first_line(error),
+            hint="is there enough memory? smaller chunks need less: chunk_tokens",
+        ) from error

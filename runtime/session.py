@@ -1,0 +1,341 @@
+"""One model, one context: feed tokens, sample answers, save and load the state."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, cast
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from mmm_export import names
+from mmm_export.errors import BundleError, MmmError, OptionError
+from mmm_export.manifest import Manifest, check_files, read_manifest
+from mmm_export.runtime.backend import Backend
+from mmm_export.runtime.context import Context
+from mmm_export.runtime.generation import Generation, Turn
+from mmm_export.runtime.generation_options import GenerationOptions
+from mmm_export.runtime.state_file import read_state, write_state
+from mmm_export.runtime.state_layout import state_layout
+from mmm_export.runtime.token_input import check_image_tokens, ids_from_input, pixels_from_input
+
+if TYPE_CHECKING:
+    from mmm_export.images import ImageSource
+    from mmm_export.text import Tokenizer
+
+# Text and images are imported where they are used: whoever feeds token ids needs neither sentencepiece nor Pillow.
+DEFAULT_CHUNK_TOKENS = 512
+
+
+class Session:
+    """One model and the context of one sequence.
+
+    `prefill` and `step` feed token ids and return logits; `generate` asks a question and streams the answer. Both go on
+    where the last call ended, until `reset`. A call that fails leaves the context as it was. Not for several threads at
+    once. Use it as a context manager, or call `close`.
+
+    Example:
+        with Session.open("build/bundle") as session:
+            for piece in session.generate("What is in the picture?", ["photo.jpg"]):
+                print(piece, end="")
+
+    """
+
+    def __init__(
+        self, folder: Path, manifest: Manifest, backend: Backend, *, chunk_tokens: int = DEFAULT_CHUNK_TOKENS
+    ) -> None:
+        """Put a session on top of a backend; most callers want `Session.open`."""
+        self._manifest = manifest
+        self._folder = folder
+        self._backend: Backend | None = backend
+        self._tokenizer: Tokenizer | None = None
+        capacity = manifest.max_tokens if manifest.model.attention_layers else None
+        self._context = Context(manifest.model, backend, capacity=capacity, chunk_tokens=chunk_tokens)
+
+    @classmethod
+    def open(
+        cls,
+        path: Path | str,
+        *,
+        providers: Sequence[str] | None = None,
+        chunk_tokens: int = DEFAULT_CHUNK_TOKENS,
+        threads: int | None = None,
+        check_content: bool = True,
+    ) -> Session:
+        """Open a bundle with ONNX Runtime.
+
+        Args:
+            path: folder written by `mmm-export onnx`.
+            providers: execution providers in order of preference, such as "cuda"; None for the CPU.
+            chunk_tokens: a prompt is read in chunks of so many tokens; memory grows with it and not with the prompt.
+            threads: to compute with; None for one a core.
+            check_content: compare the SHA-256 of every file with the manifest, some seconds for gigabytes.
+
+        Raises:
+            BundleError: no bundle, damaged, of another version, or nothing that this machine can run.
+            OptionError: a value that is not allowed.
+
+        """
+        for name, value in (("chunk_tokens", chunk_tokens), ("threads", threads)):
+            if value is not None and value < 1:
+                raise OptionError(f"{name} is out of range", found=str(value), wanted="at least 1")
+        # Imported here: a state file can be inspected where ONNX Runtime is not installed.
+        from mmm_export.runtime.onnxruntime_backend import OnnxRuntimeBackend
+
+        folder = Path(path)
+        manifest = read_manifest(folder)
+        check_files(folder, manifest, content=check_content)
+        backend = OnnxRuntimeBackend(folder, manifest, providers=providers, threads=threads)
+        return cls(folder, manifest, backend, chunk_tokens=chunk_tokens)
+
+    @property
+    def manifest(self) -> Manifest:
+        """What the bundle is."""
+        return self._manifest
+
+    @property
+    def tokens(self) -> int:
+        """Tokens in the context: fed ones, and sampled ones of answers."""
+        return self._open_context.tokens
+
+    @property
+    def capacity(self) -> int | None:
+        """Tokens the context can hold; None for a linear model, whose memory does not grow with it."""
+        return self._context.capacity
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of the state of one sequence: conv and SSM states, and KV caches at their full capacity."""
+        return sum(tensor.bytes for tensor in state_layout(self._manifest))
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The bundle's tokenizer. Raises BundleError when it has none."""
+        if self._tokenizer is None:
+            if not (self._folder / names.TOKENIZER_MODEL_FILE).is_file():
+                raise BundleError(
+                    f"{self._folder} has no tokenizer",
+                    found=f"no {names.TOKENIZER_MODEL_FILE}",
+                    wanted=", ".join(names.TOKENIZER_FILES),
+                    hint="export from a checkpoint folder that has them, or feed token ids with prefill",
+                )
+            from mmm_export.text import Tokenizer
+
+            self._tokenizer = Tokenizer.from_folder(self._folder)
+        return self._tokenizer
+
+    def prefill(self, input_ids: ArrayLike, pixel_values: ArrayLike | None = None) -> NDArray[np.float32]:
+        """Update the context with tokens and images, and return the logits of the last token, (vocab,).
+
+        May be called again to go on; the result does not depend on how a prompt is cut into calls.
+
+        Args:
+            input_ids: (T,) integers, at least one.
+            pixel_values: (tiles, 3, S, S) float32 as `encode` gives them; their image tokens are all in `input_ids`.
+
+        Raises:
+            PromptError: ids, images and KV cache do not fit each other; the context is unchanged.
+
+        """
+        context = self._open_context
+        ids, pixels = self._checked(input_ids, pixel_values)
+        context.writer = None
+        return context.feed(ids, pixels)
+
+    def step(self, token_id: int) -> NDArray[np.float32]:
+        """Update the context with one token and return its logits, (vocab,). Raises PromptError like `prefill`."""
+        return self.prefill([token_id])
+
+    def reset(self) -> None:
+        """Forget the context."""
+        self._open_context.reset()
+
+    def save_state(self, path: Path | str) -> None:
+        """Write the context to a file that `load_state` takes: a saved conversation, or a prompt read in advance.
+
+        Raises:
+            OutputError: the file cannot be written.
+
+        """
+        write_state(path, self._manifest, self._open_context.snapshot())
+
+    def load_state(self, path: Path | str) -> None:
+        """Update the context to a saved one.
+
+        Raises:
+            StateFileError: damaged, or of another bundle; the context is unchanged.
+
+        """
+        context = self._open_context
+        context.restore(read_state(path, self._manifest))
+
+    def encode(
+        self, prompt: str, images: Sequence[ImageSource] = (), *, max_tiles: int | None = None
+    ) -> tuple[NDArray[np.int64], NDArray[np.float32] | None]:
+        """Turn a question and its images into what `prefill` takes, as the first turn of a conversation.
+
+        Args:
+            prompt: the question; `<image>` marks the place of each image, none puts them in front.
+            images: files, their bytes, or PIL images.
+            max_tiles: cut each image into at most so many tiles; None for the model's own limit.
+
+        Returns: ids (T,) int64 that begin with the beginning-of-text token, and tiles (tiles, 3, S, S) or None.
+
+        Raises:
+            PromptError: empty, or images and marks do not match.
+            ImageError: a file is no usable image.
+
+        """
+        from mmm_export.text import chat_prompt
+
+        return self._encode_with(chat_prompt, prompt, images, max_tiles, add_bos=True)
+
+    def generate(
+        self,
+        prompt: str,
+        images: Sequence[ImageSource] = (),
+        options: GenerationOptions | None = None,
+        *,
+        max_tiles: int | None = None,
+    ) -> Generation:
+        """Ask a question and stream the answer. Updates the context as the result is iterated.
+
+        An empty context gets the whole chat prompt, system text included. Otherwise the question is the next turn of
+        the conversation: the previous answer is closed with `<|im_end|>` unless it ended so by itself, and only the new
+        turn is read. The tokens are those of the whole conversation encoded at once, but for one thing: the previous
+        answers stay as they were sampled, even where the tokenizer would have cut their text otherwise.
+
+        Args:
+            prompt: the question, see `encode`.
+            images: of this question.
+            options: how to sample and when to stop; None is greedy, up to 256 tokens.
+            max_tiles: see `encode`.
+
+        Returns: an iterator of text that afterwards has `finish_reason`, `text`, `token_ids` and `statistics`.
+
+        Raises:
+            PromptError: empty, too long for the KV cache, or images and marks do not match.
+            ImageError: a file is no usable image.
+
+        """
+        begin = time.perf_counter()
+        context = self._open_context
+        options = options or GenerationOptions()
+        stop_ids = self._stop_ids(options)
+        if context.tokens == 0:
+            ids, pixels = self.encode(prompt, images, max_tiles=max_tiles)
+        else:
+            ids, pixels = self._encode_next_turn(prompt, images, max_tiles)
+        ids, pixels = self._checked(ids, pixels)
+        context.check_room(len(ids))
+        from mmm_export.text import TextStream
+
+        turn = Turn(ids, pixels, time.perf_counter() - begin)
+        return Generation(context, turn, options, stop_ids, TextStream(self.tokenizer))
+
+    def close(self) -> None:
+        """Free the model. The session cannot be used afterwards; closing it again is fine."""
+        if self._backend is not None:
+            self._backend.close()
+        self._backend = None
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @property
+    def _open_context(self) -> Context:
+        if self._backend is None:
+            raise MmmError("the session is closed", hint="open it again with Session.open")
+        return self._context
+
+    def _checked(
+        self, input_ids: ArrayLike, pixel_values: ArrayLike | None
+    ) -> tuple[NDArray[np.int64], NDArray[np.float32] | None]:
+        spec = self._manifest.model
+        ids = ids_from_input(input_ids, spec)
+        pixels = pixels_from_input(pixel_values, spec)
+        check_image_tokens(ids, pixels, spec)
+        return ids, pixels
+
+    def _stop_ids(self, options: GenerationOptions) -> frozenset[int]:
+        if options.stop_ids is None:
+            return frozenset({self._turn_end, self.tokenizer.eos_id} - {-1})
+        vocabulary = self._manifest.model.vocab_size
+        for token in options.stop_ids:
+            if token >= vocabulary:
+                raise OptionError(
+                    "a stop id is outside the vocabulary", found=str(token), wanted=f"0 to {vocabulary - 1}"
+                )
+        return frozenset(options.stop_ids)
+
+    @property
+    def _turn_end(self) -> int:
+        from mmm_export.text.prompt import TURN_END
+
+        return self.tokenizer.token_id(TURN_END)
+
+    def _check_template(self) -> None:
+        from mmm_export.text import TEMPLATE
+
+        if self._manifest.model.template != TEMPLATE:
+            raise BundleError(
+                "the model's chat template is not known",
+                found=repr(self._manifest.model.template),
+                wanted=TEMPLATE,
+                hint="write the prompt yourself: session.prefill(session.tokenizer.encode(text))",
+            )
+
+    def _tiles(self, source: ImageSource, max_tiles: int | None) -> NDArray[np.float32]:
+        from mmm_export.images import load_image, tiles_from_image
+
+        pixels: NDArray[np.float32] = tiles_from_image(
+            load_image(source), self._manifest.model.vision, max_tiles=max_tiles
+        )
+        return pixels
+
+    def _encode_next_turn(
+        self, prompt: str, images: Sequence[ImageSource], max_tiles: int | None
+    ) -> tuple[NDArray[np.int64], NDArray[np.float32] | None]:
+        """Like `encode` for a turn that follows others.
+
+        Special tokens split a text before it is cut into pieces, so what follows `<|im_end|>` has the same ids alone.
+        """
+        from mmm_export.text import turn_prompt
+
+        ids, pixels = self._encode_with(turn_prompt, prompt, images, max_tiles, add_bos=False)
+        if self._context.last_token != self._turn_end:
+            ids = np.insert(ids, 0, self._turn_end)
+        return ids, pixels
+
+    def _encode_with(
+        self,
+        write: Callable[..., str],
+        prompt: str,
+        images: Sequence[ImageSource],
+        max_tiles: int | None,
+        *,
+        add_bos: bool,
+    ) -> tuple[NDArray[np.int64], NDArray[np.float32] | None]:
+        self._check_template()
+        tiles = [self._tiles(source, max_tiles) for source in _image_list(images)]
+        counts = [len(pixels) for pixels in tiles]
+        text = write(prompt, tile_counts=counts, tokens_per_tile=self._manifest.model.vision.tokens_per_tile)
+        ids = np.asarray(self.tokenizer.encode(text, add_bos=add_bos), np.int64)
+        return ids, np.concatenate(tiles) if tiles else None
+
+
+def _image_list(images: Sequence[ImageSource]) -> list[ImageSource]:
+    """One image given instead of a list is that image, and not its letters or pixels."""
+    single = (
+        isinstance(images, (str, bytes, os.PathLike)) or hasattr(images, "read") or not isinstance(images, Iterable)
+    )
+    return [cast("ImageSource", images)] if single else list(images)
