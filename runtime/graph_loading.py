@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from mmm_export import names
 from mmm_export.environment import environment
 from mmm_export.errors import BundleError, OptionError
 from mmm_export.manifest import Manifest, TensorInfo
+from mmm_export.onnxruntime_support import LINEAR_ATTENTION_SINCE, has_linear_attention
 from mmm_export.runtime.state_layout import state_layout
 
 CPU_PROVIDER = "CPUExecutionProvider"
@@ -25,11 +25,6 @@ ONNX_TYPES = {
     "int64": "tensor(int64)",
     "int32": "tensor(int32)",
 }
-
-# What a manifest may ask for. ONNX Runtime reads this one whenever it opens a graph: "0" lets it open opsets that its
-# release does not know as final yet. Anything else in a manifest is refused, since a bundle is data and not a program.
-KNOWN_VARIABLES = ("ALLOW_RELEASED_ONNX_OPSET_ONLY",)
-_environment_lock = threading.Lock()
 
 FATAL = 4  # log severity: errors come as exceptions, so nothing need be printed besides
 
@@ -73,13 +68,12 @@ def check_requirements(folder: Path, manifest: Manifest, providers: list[str]) -
             wanted="fp32 or fp16 for a CPU",
             hint="export it again: mmm-export onnx CHECKPOINT -o BUNDLE --dtype fp32",
         )
-    unknown = sorted(set(manifest.environment) - set(KNOWN_VARIABLES))
-    if unknown:
+    if manifest.body == "linear-attention" and not has_linear_attention():
         raise BundleError(
-            f"{folder} asks for an environment variable that this version does not know",
-            found=", ".join(unknown),
-            wanted=" or ".join(KNOWN_VARIABLES),
-            hint="upgrade mmm-export",
+            f"{folder} needs a newer ONNX Runtime",
+            found=f"onnxruntime {onnxruntime.__version__}, which has no LinearAttention",
+            wanted=f"onnxruntime {'.'.join(map(str, LINEAR_ATTENTION_SINCE))} or newer",
+            hint="upgrade it, or export again: mmm-export onnx CHECKPOINT -o BUNDLE --body standard",
         )
     for file in names.GRAPH_FILES:
         if file not in manifest.graphs or file not in manifest.files:
@@ -126,8 +120,10 @@ def open_graph(
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     path = folder / file
     try:
-        with _environment_lock, environment(manifest.environment):
+        with environment(manifest.environment):
             session = onnxruntime.InferenceSession(path, options, providers=providers)
+    except BundleError:
+        raise
     except Exception as error:
         raise BundleError(
             f"ONNX Runtime cannot open {path}",
