@@ -175,7 +175,7 @@ def small_disk(tmp_path):
     if mounted.returncode:
         pytest.skip("mounting a small tmpfs needs root")
     yield folder
-    subprocess.run(["umount", folder], check=True)
+    subprocess.run(["umount", "--lazy", folder], check=True)  # lazy: the kernel may still be closing files
 
 
 def test_a_disk_too_small_is_noticed_before_any_work(small_disk, make_checkpoint):
