@@ -15,6 +15,7 @@ import torch
 
 from mmm_export import names
 from mmm_export.environment import environment
+from mmm_export.errors import BundleError
 from mmm_export.exporter.graphs import layer_output
 from mmm_export.exporter.widen import widen_bf16
 from mmm_export.manifest import Manifest
@@ -180,8 +181,18 @@ def _session(folder: Path, name: str, manifest: Manifest, outputs: Sequence[str]
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
-    with environment(manifest.environment):
-        return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    try:
+        with environment(manifest.environment):
+            return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    except BundleError:
+        raise
+    except Exception as error:
+        raise BundleError(
+            f"ONNX Runtime cannot open {folder / name}",
+            found=str(error).strip().splitlines()[0][:300],
+            wanted=f"a graph that onnxruntime {onnxruntime.__version__} runs on a CPU",
+            hint="upgrade onnxruntime, or export again with --body standard, which every version runs",
+        ) from error
 
 
 def _state_arrays(state: LayerState, tokens: int) -> dict[str, Array]:

@@ -48,10 +48,9 @@ def make_bundle(make_checkpoint: Callable[..., Path], tmp_path_factory: pytest.T
 
     def make(checkpoint: Path, **options: Any) -> Path:
         from mmm_export.exporter.bundle import ExportOptions, export_bundle
-        from mmm_export.onnxruntime_support import has_linear_attention
+        from mmm_export.onnxruntime_support import best_body
 
-        if not has_linear_attention():
-            options.setdefault("body", "standard")  # what a user of such an ONNX Runtime would write
+        options.setdefault("body", best_body())
         key = repr((checkpoint, sorted(options.items())))
         if key not in made:
             folder = tmp_path_factory.mktemp("bundle") / "bundle"

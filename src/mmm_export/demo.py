@@ -12,7 +12,7 @@ from typing import Any, cast
 import click
 
 from mmm_export.errors import MmmError
-from mmm_export.onnxruntime_support import has_linear_attention
+from mmm_export.onnxruntime_support import best_body
 from mmm_export.output import output_file, output_folder
 
 QUESTION = "What is in the picture?"
@@ -33,10 +33,9 @@ def run_demo(folder: Path, run: Callable[[list[str]], int]) -> None:
     """
     begin = time.perf_counter()
     checkpoint, bundle, photograph = folder / "checkpoint", folder / "bundle", folder / "photograph.png"
-    body = "linear-attention" if has_linear_attention() else "standard"
     steps: list[tuple[str, list[str]]] = [
         ("Look at the checkpoint", ["inspect", str(checkpoint)]),
-        ("Export it to ONNX", ["onnx", str(checkpoint), "-o", str(bundle), "--body", body, "--force"]),
+        ("Export it to ONNX", ["onnx", str(checkpoint), "-o", str(bundle), "--body", best_body(), "--force"]),
         (
             "Prove that the bundle computes what PyTorch computes",
             [

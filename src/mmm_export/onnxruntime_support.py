@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Literal
 
 LINEAR_ATTENTION_SINCE = (1, 26)
 
@@ -12,6 +13,11 @@ def has_linear_attention() -> bool:
     import onnxruntime
 
     return version_tuple(onnxruntime.__version__) >= LINEAR_ATTENTION_SINCE
+
+
+def best_body() -> Literal["linear-attention", "standard"]:
+    """The body of the scan that runs here, the faster one if both do."""
+    return "linear-attention" if has_linear_attention() else "standard"
 
 
 def version_tuple(version: str) -> tuple[int, ...]:

@@ -15,6 +15,7 @@ import pytest
 
 from mmm_export.cli import cli
 from mmm_export.command_line import run
+from mmm_export.onnxruntime_support import best_body
 
 STATISTICS = (
     r"\[\d+ prompt tokens( \(\d+ of images\))?, first token after [\d.]+ s, \d+ new tokens(, [\d.]+ tokens/s)?; .+\]\n"
@@ -29,7 +30,8 @@ def checkpoint(make_checkpoint: Callable[..., Path]) -> Path:
 @pytest.fixture(scope="module")
 def bundle(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("flow") / "bundle"
-    assert run(cli, ["onnx", str(checkpoint), "-o", str(folder), "--max-tokens", "1000"]) == 0
+    command = ["onnx", str(checkpoint), "-o", str(folder), "--max-tokens", "1000", "--body", best_body()]
+    assert run(cli, command) == 0
     return folder
 
 

@@ -7,7 +7,6 @@ import onnx
 import pytest
 
 from mmm_export.errors import BundleError, OptionError, PromptError
-from mmm_export.exporter.bundle import export_bundle
 from mmm_export.exporter.comparison import compare
 from mmm_export.exporter.report import html_report, table_rows, verdict_lines
 from mmm_export.exporter.verify import VerifyOptions, verify_bundle
@@ -107,14 +106,23 @@ def test_a_checkpoint_without_tokenizer_can_still_be_verified(make_checkpoint, m
         verify_bundle(bundle, bare, VerifyOptions(prompt="Hello"))
 
 
-def test_rope_policy_of_the_bundle_is_the_one_verified(make_checkpoint, tmp_path):
+def test_rope_policy_of_the_bundle_is_the_one_verified(make_checkpoint, make_bundle):
     part = {"rope_scaling": {"type": "linear", "factor": 4.0}, "max_position_embeddings": 32}
     spec = tiny_spec(kinds=("mha", "mamba2"))
     checkpoint = make_checkpoint(spec, config_overrides={"llm_config": part, "embedding_config": part})
-    from mmm_export.exporter.bundle import ExportOptions
+    folder = make_bundle(checkpoint, rope_scaling="teacher", max_tokens=400)
+    assert verify_bundle(folder, checkpoint).passed
 
-    export_bundle(checkpoint, tmp_path / "bundle", ExportOptions(rope_scaling="teacher", max_tokens=400))
-    assert verify_bundle(tmp_path / "bundle", checkpoint).passed
+
+def use_an_unknown_operator(model, _folder):
+    del model.functions[:]
+
+
+def test_a_graph_that_onnxruntime_cannot_open_is_a_clear_error(checkpoint, make_bundle, tmp_path):
+    folder = tampered(make_bundle(checkpoint, max_tokens=400), tmp_path / "tampered", use_an_unknown_operator)
+    with pytest.raises(BundleError, match="cannot open") as caught:
+        verify_bundle(folder, checkpoint)
+    assert "--body standard" in str(caught.value)
 
 
 def test_options_out_of_range_are_refused():

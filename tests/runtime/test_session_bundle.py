@@ -25,6 +25,7 @@ from mmm_export import names
 from mmm_export.errors import BundleError, MmmError, OptionError, PromptError, StateFileError
 from mmm_export.manifest import read_manifest, write_manifest
 from mmm_export.model.testing import tiny_spec
+from mmm_export.onnxruntime_support import has_linear_attention
 from mmm_export.runtime import GenerationOptions, Session
 
 TOKENS = 60
@@ -367,7 +368,14 @@ def test_newer_schema_is_refused(copy: Path) -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{"dtype": "fp16"}, {"logits": "all"}, {"standard_ops": True}],
+    [
+        {"dtype": "fp16"},
+        {"logits": "all"},
+        pytest.param(
+            {"standard_ops": True},
+            marks=pytest.mark.skipif(not has_linear_attention(), reason="this ONNX Runtime knows no opset 27"),
+        ),
+    ],
     ids=["fp16", "all-logits", "standard-ops"],
 )
 def test_other_bundles_equal_the_oracle_too(
@@ -388,3 +396,13 @@ def test_other_bundles_equal_the_oracle_too(
             found = session.step(ids[position])
         assert relative_error(found, wanted[-1]) < limit
         assert found.dtype == np.float32
+
+
+def test_an_onnxruntime_that_is_too_old_for_the_body_says_which_one_to_export(
+    make_checkpoint: Callable[..., Path], make_bundle: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_bundle(make_checkpoint("linear"), max_tokens=CAPACITY, body="linear-attention")
+    monkeypatch.setattr(onnxruntime, "__version__", "1.23.2")
+    with pytest.raises(BundleError, match="newer ONNX Runtime") as caught:
+        Session.open(folder)
+    assert "--body standard" in str(caught.value.hint)
