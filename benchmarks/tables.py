@@ -27,7 +27,7 @@ def export_table(results: Results) -> str:
         (
             f"{row['model']}, {row['checkpoint_dtype']} to {row['bundle_dtype']}",
             f"{row['bundle_bytes'] / 1e9:.2f} GB",
-            f"{row['wall_s']:.0f} s",
+            f"{row['wall_s']:.0f} s ({row['wall_s_min']:.0f} to {row['wall_s_max']:.0f}, {row['runs']} runs)",
             f"{row['peak_anonymous_mib'] * 2**20 / 1e9:.2f} GB",
         )
         for row in results["rows"]
