@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -29,18 +30,20 @@ class GraphInput:
     dims: Dims
 
 
-class Graph(nn.Module):
+class Graph(nn.Module, ABC):
     """A module whose forward takes `inputs()` in order and returns `outputs()` in order."""
 
     def __init__(self, model: MmMamba) -> None:
         super().__init__()
         self.model = model
 
+    @abstractmethod
     def inputs(self) -> list[GraphInput]:
-        raise NotImplementedError
+        """Every input, in order."""
 
+    @abstractmethod
     def outputs(self) -> list[str]:
-        raise NotImplementedError
+        """Name of every output, in order."""
 
 
 class VisionGraph(Graph):
