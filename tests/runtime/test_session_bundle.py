@@ -396,13 +396,3 @@ def test_other_bundles_equal_the_oracle_too(
             found = session.step(ids[position])
         assert relative_error(found, wanted[-1]) < limit
         assert found.dtype == np.float32
-
-
-def test_an_onnxruntime_that_is_too_old_for_the_body_says_which_one_to_export(
-    make_checkpoint: Callable[..., Path], make_bundle: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = make_bundle(make_checkpoint("linear"), max_tokens=CAPACITY, body="linear-attention")
-    monkeypatch.setattr(onnxruntime, "__version__", "1.23.2")
-    with pytest.raises(BundleError, match="newer ONNX Runtime") as caught:
-        Session.open(folder)
-    assert "--body standard" in str(caught.value.hint)
