@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
+import math
 import shutil
+import threading
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -21,7 +23,7 @@ import mmm_export
 from mmm_export import names
 from mmm_export.errors import OptionError
 from mmm_export.exporter.graphs import DecoderGraph, EmbeddingGraph, Graph, VisionGraph, layer_output
-from mmm_export.exporter.scan_function import BODIES, Body, scan_function
+from mmm_export.exporter.scan_function import Body, scan_function
 from mmm_export.exporter.trace import OPSET, trace
 from mmm_export.exporter.weights import bind_weights, weight_bytes
 from mmm_export.manifest import (
@@ -37,6 +39,7 @@ from mmm_export.manifest import (
 from mmm_export.model.checkpoint import Checkpoint
 from mmm_export.model.decoder import MmMamba
 from mmm_export.model.rope import rope_table
+from mmm_export.model.tensors import required_shapes
 from mmm_export.model.weights import model_skeleton, parameter
 from mmm_export.output import output_folder
 from mmm_export.progress import Progress, SilentProgress
@@ -70,7 +73,7 @@ class ExportOptions:
     def __post_init__(self) -> None:
         for field, value, allowed in (
             ("dtype", self.dtype, DTYPES),
-            ("body", self.body, BODIES[:2]),
+            ("body", self.body, ("linear-attention", "standard")),
             ("logits", self.logits, ("last", "all")),
             ("rope_scaling", self.rope_scaling, ("ignore", "teacher")),
         ):
@@ -105,14 +108,12 @@ def export_bundle(
     source = Checkpoint.open(Path(checkpoint), rope_scaling=options.rope_scaling)
     max_tokens = options.max_tokens if source.spec.attention_layers else 0
     item_bytes = 4 if options.dtype == "fp32" else 2
-    needed = source.parameters * item_bytes
+    needed = sum(math.prod(shape) for shape in required_shapes(source.spec).values()) * item_bytes
     with output_folder(Path(output), force=force, needed_bytes=needed, protect=(source.folder,)) as folder:
-        with ThreadPoolExecutor(1) as background:
-            # Hashing releases the interpreter lock: it runs beside the trace.
-            identity = background.submit(source.sha256)
-            writer = _BundleWriter(source, folder, options, max_tokens, progress)
-            graphs, files = writer.write()
-            source_sha256 = identity.result()
+        identity = _in_background(source.sha256)  # hashing releases the interpreter lock: it runs beside the trace
+        writer = _BundleWriter(source, folder, options, max_tokens, progress)
+        graphs, files = writer.write()
+        source_sha256 = identity.result()
         manifest = Manifest(
             model=source.spec,
             source=source.folder.resolve().name,
@@ -130,6 +131,20 @@ def export_bundle(
         )
         write_manifest(folder, manifest)
     return manifest
+
+
+def _in_background(work: Callable[[], str]) -> Future[str]:
+    """Run `work` in a thread that nobody waits for when the export ends early: Ctrl-C must not wait for gigabytes."""
+    future: Future[str] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future
 
 
 class _BundleWriter:

@@ -105,7 +105,7 @@ def _token_line(report: VerifyReport) -> str:
     check = report.tokens
     if check.first_difference is None:
         return f"greedy tokens: all {len(check.wanted)} equal"
-    kind = "a tie within the error of the logits" if check.excused else "not a tie"
+    kind = "a tie within the tolerance of the logits" if check.excused else "not a tie"
     i = check.first_difference
     return f"greedy tokens: {i} equal, then {check.found[i]} instead of {check.wanted[i]} ({kind})"
 

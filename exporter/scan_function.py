@@ -30,7 +30,7 @@ OUTPUTS = ("y", "conv_state_out", "ssm_state_out")
 ATTRIBUTES = ("heads", "kv_heads", "head_dim", "state_dim", "eps", "plugin_version")
 CHUNK_TOKENS = 64
 
-# Shapes are vectors of one element each, so that they concatenate: H heads, G heads per KV head, C conv channels.
+# Shapes are vectors of one element each, so that they concatenate: H heads, C conv channels, share heads per KV head.
 _SIZES = """
     zero = Constant <value_float = 0.0> ()
     one = Constant <value_float = 1.0> ()
@@ -47,7 +47,7 @@ _SIZES = """
     KV = Unsqueeze (kv_heads_s, i0)
     P = Unsqueeze (head_dim_s, i0)
     N = Unsqueeze (state_dim_s, i0)
-    G = Div (H, KV)
+    share = Div (H, KV)
     HP = Mul (H, P)
     HN = Mul (H, N)
     KVP = Mul (KV, P)
@@ -100,13 +100,13 @@ _HEADS = """
     vkq_sizes = Concat <axis = 0> (KVP, KVN, HN)
     v_kv, k_kv, q = Split <axis = -1> (mixed, vkq_sizes)
     v_split = Concat <axis = 0> (B, T, KV, i1, P)
-    v_wide = Concat <axis = 0> (B, T, KV, G, P)
+    v_wide = Concat <axis = 0> (B, T, KV, share, P)
     v_heads = Concat <axis = 0> (B, T, H, P)
     v_5 = Reshape <allowzero = 1> (v_kv, v_split)
     v_g = Expand (v_5, v_wide)
     v = Reshape <allowzero = 1> (v_g, v_heads)
     k_split = Concat <axis = 0> (B, T, KV, i1, N)
-    k_wide = Concat <axis = 0> (B, T, KV, G, N)
+    k_wide = Concat <axis = 0> (B, T, KV, share, N)
     k_heads = Concat <axis = 0> (B, T, H, N)
     k_5 = Reshape <allowzero = 1> (k_kv, k_split)
     k_g = Expand (k_5, k_wide)

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from mmm_export.errors import BundleError, MmmError, OptionError, PromptError
+from mmm_export.errors import BundleError, OptionError, PromptError
 from mmm_export.exporter.comparison import (
     Bound,
     Comparison,
@@ -17,6 +17,7 @@ from mmm_export.exporter.comparison import (
     layer_bounds,
     logits_bounds,
     split_bounds,
+    tie_margin,
 )
 from mmm_export.exporter.recording import BundleRecorder, Example, Recording, greedy, record_torch
 from mmm_export.images import load_image, tiles_from_image
@@ -24,6 +25,7 @@ from mmm_export.manifest import Manifest, check_files, read_manifest
 from mmm_export.model import scan
 from mmm_export.model.checkpoint import Checkpoint
 from mmm_export.model.weights import load_model
+from mmm_export.names import TOKENIZER_MODEL_FILE
 from mmm_export.progress import Progress, SilentProgress
 from mmm_export.spec import ModelSpec
 from mmm_export.text import Tokenizer, chat_prompt
@@ -60,7 +62,7 @@ class VerifyOptions:
 
 @dataclass(frozen=True)
 class TokenCheck:
-    """Greedy tokens of both sides, and where they part first. A part is excused when it is a tie within the error of the logits."""
+    """Greedy tokens of both sides, and where they part first; that is excused when the two tokens are a tie, see `tie_margin`."""
 
     wanted: tuple[int, ...]
     found: tuple[int, ...]
@@ -113,7 +115,7 @@ def verify_bundle(
     with progress.stage("check files"):
         check_files(folder, manifest)
         source = _open_source(Path(checkpoint), manifest)
-    example = _example(folder, manifest, options)
+    example, stand_ins = _example(folder, manifest, options)
     if manifest.max_tokens and len(example.input_ids) + options.new_tokens > manifest.max_tokens:
         raise PromptError(
             "the prompt does not fit the KV cache of the bundle",
@@ -148,8 +150,8 @@ def verify_bundle(
         len(example.input_ids),
         int((example.input_ids == manifest.model.image_token_id).sum()),
         tuple(rows),
-        _check_tokens(found, wanted, forced, manifest.model),
-        _notes(manifest),
+        check_tokens(found, wanted, forced, manifest),
+        (*stand_ins, *_notes(manifest)),
     )
 
 
@@ -167,24 +169,27 @@ def _open_source(folder: Path, manifest: Manifest) -> Checkpoint:
     return source
 
 
-def _example(folder: Path, manifest: Manifest, options: VerifyOptions) -> Example:
-    """Token ids and tiles: of the prompt and images asked for, or of stand-ins."""
+def _example(folder: Path, manifest: Manifest, options: VerifyOptions) -> tuple[Example, list[str]]:
+    """Token ids and tiles of the prompt and images asked for, or stand-ins; and a sentence for each stand-in."""
     spec = manifest.model
-    parts = [tiles_from_image(load_image(path), spec.vision) for path in options.images] or [_pattern(spec)]
-    counts = [len(part) for part in parts]
-    try:
-        tokenizer = Tokenizer.from_folder(folder)
+    notes = []
+    parts = [tiles_from_image(load_image(path), spec.vision) for path in options.images]
+    if not parts:
+        parts = [_pattern(spec)]
+        notes.append("No image was given: a generated pattern of one tile stood in.")
+    asked = options.prompt is not None or bool(options.images)
+    if not asked and not (folder / TOKENIZER_MODEL_FILE).is_file():
+        # A checkpoint may come without a tokenizer; its graphs can still be checked.
+        notes.append("The bundle has no tokenizer: token ids spread over the vocabulary stood in for a prompt.")
+        ids = _ids_without_tokenizer(spec)
+    else:
         text = chat_prompt(
-            options.prompt or "What is in this picture?",
-            tile_counts=counts,
+            "What is in this picture?" if options.prompt is None else options.prompt,
+            tile_counts=[len(part) for part in parts],
             tokens_per_tile=spec.vision.tokens_per_tile,
         )
-        ids = tokenizer.encode(text)
-    except MmmError:
-        if options.prompt is not None or options.images:
-            raise
-        ids = _ids_without_tokenizer(spec)  # a checkpoint may come without one; its graphs can still be checked
-    return Example(np.asarray(ids, dtype=np.int64), np.concatenate(parts))
+        ids = Tokenizer.from_folder(folder).encode(text)
+    return Example(np.asarray(ids, dtype=np.int64), np.concatenate(parts)), notes
 
 
 def _pattern(spec: ModelSpec) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
@@ -231,16 +236,15 @@ def _compare_split(parted: Recording, whole: Recording, bounds: tuple[Bound, ...
     return rows
 
 
-def _check_tokens(found: Recording, wanted: Recording, forced: Sequence[int], spec: ModelSpec) -> TokenCheck:
+def check_tokens(found: Recording, wanted: Recording, forced: Sequence[int], manifest: Manifest) -> TokenCheck:
     """Greedy choices after the prompt and after each forced token: equal as long as both would have written the same text."""
     steps_found = [found.logits, *found.steps][: len(forced)]
     steps_wanted = [wanted.logits, *wanted.steps][: len(forced)]
-    chosen = [greedy(logits, spec) for logits in steps_found]
+    chosen = [greedy(logits, manifest.model) for logits in steps_found]
     for i, (token, right) in enumerate(zip(chosen, forced, strict=True)):
         if token != right:
-            error = float(np.abs(steps_found[i] - steps_wanted[i]).max())
             margin = float(steps_wanted[i][right] - steps_wanted[i][token])
-            return TokenCheck(tuple(forced), tuple(chosen), i, margin <= 2 * error)
+            return TokenCheck(tuple(forced), tuple(chosen), i, margin <= tie_margin(manifest.dtype, steps_wanted[i]))
     return TokenCheck(tuple(forced), tuple(chosen), None, False)
 
 

@@ -32,17 +32,19 @@ LayerState = MambaState | KeyValueCache
 
 
 class Step(NamedTuple):
-    """What every layer must know about the tokens of one call.
-
-    lengths (B,): valid tokens of each row. Only with attention layers: positions (B, T); write (B, T), the cache slot of each
-    token; source (B, T), the token that is written there; mask (B, 1, 1, T, max_tokens), 0 or -inf; cos and sin as Rope gives.
-    """
+    """What every layer must know about the tokens of one call: lengths (B,), the valid tokens of each row."""
 
     lengths: Tensor
     attention: AttentionStep | None = None
 
 
 class AttentionStep(NamedTuple):
+    """What attention layers must know besides.
+
+    write (B, T): cache slot of each token; source (B, T): the token that is written there; mask (B, 1, 1, T, max_tokens): 0 where
+    a token sees a slot, else -inf; cos, sin (B, 1, T, head_dim/2).
+    """
+
     write: Tensor
     source: Tensor
     mask: Tensor

@@ -8,8 +8,9 @@ import pytest
 
 from mmm_export.errors import BundleError, OptionError, PromptError
 from mmm_export.exporter.comparison import compare
+from mmm_export.exporter.recording import Recording
 from mmm_export.exporter.report import html_report, table_rows, verdict_lines
-from mmm_export.exporter.verify import VerifyOptions, verify_bundle
+from mmm_export.exporter.verify import VerifyOptions, check_tokens, verify_bundle
 from mmm_export.manifest import file_info, read_manifest, write_manifest
 from mmm_export.model.testing import tiny_spec
 
@@ -64,9 +65,9 @@ def change_eps(model, _folder):
             attribute.f = 1e-3
 
 
-def swap_gate_and_query(model, _folder):
+def swap_delta_and_decay_weights(model, _folder):
     node = node_of(model, "MmmSelectiveScan")
-    node.input[6], node.input[7] = node.input[7], node.input[6]  # dt_bias and A_log
+    node.input[6], node.input[7] = node.input[7], node.input[6]
 
 
 def ignore_the_past(model, _folder):
@@ -78,7 +79,7 @@ def ignore_the_past(model, _folder):
     model.graph.node.insert(0, zero)
 
 
-@pytest.mark.parametrize("change", [scale_one_weight, change_eps, swap_gate_and_query, ignore_the_past])
+@pytest.mark.parametrize("change", [scale_one_weight, change_eps, swap_delta_and_decay_weights, ignore_the_past])
 def test_a_bundle_that_computes_something_else_fails(change, checkpoint, make_bundle, tmp_path):
     folder = tampered(make_bundle(checkpoint, max_tokens=400), tmp_path / "tampered", change)
     report = verify_bundle(folder, checkpoint)
@@ -123,6 +124,36 @@ def test_a_graph_that_onnxruntime_cannot_open_is_a_clear_error(checkpoint, make_
     with pytest.raises(BundleError, match="cannot open") as caught:
         verify_bundle(folder, checkpoint)
     assert "--body standard" in str(caught.value)
+
+
+def test_another_greedy_token_fails_unless_it_is_a_tie(checkpoint, make_bundle):
+    manifest = read_manifest(make_bundle(checkpoint, max_tokens=400))
+    wanted = np.zeros(SMALL.vocab_size)
+    wanted[5], wanted[6] = 10.0, 9.5
+    for second, passed in ((10.1, False), (9.5, True)):
+        found = wanted.copy()
+        found[6] = second
+        recordings = (Recording(np.zeros(0), np.zeros(0), logits=logits) for logits in (found, wanted))
+        check = check_tokens(*recordings, [5], manifest)
+        assert check.passed is passed
+    tied = wanted.copy()
+    tied[6] = 9.9995  # nearer to the best than fp32 logits may be off
+    found = tied.copy()
+    found[6] = 10.0001
+    recordings = (Recording(np.zeros(0), np.zeros(0), logits=logits) for logits in (found, tied))
+    check = check_tokens(*recordings, [5], manifest)
+    assert check.first_difference == 0
+    assert check.passed
+
+
+def test_stand_ins_for_an_image_are_told(checkpoint, make_bundle):
+    report = verify_bundle(make_bundle(checkpoint, max_tokens=400), checkpoint, VerifyOptions(new_tokens=0))
+    assert any("pattern" in note for note in report.notes)
+
+
+def test_an_empty_prompt_is_refused_and_not_replaced(checkpoint, make_bundle):
+    with pytest.raises(PromptError):
+        verify_bundle(make_bundle(checkpoint, max_tokens=400), checkpoint, VerifyOptions(prompt=""))
 
 
 def test_options_out_of_range_are_refused():
