@@ -10,7 +10,8 @@ import secrets
 import shutil
 import signal
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
@@ -22,7 +23,9 @@ from mmm_export.errors import OutputError
 # would dominate an export, and the manifest holds their hash, so a power cut that lost some of them is noticed on load.
 FLUSHED_BYTES = 64 << 20
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+_MIB = 1 << 20
 _GIB = 1 << 30
+_YOUNG_SECONDS = 5.0
 
 
 @contextmanager
@@ -36,7 +39,8 @@ def output_folder(
 ) -> Iterator[Path]:
     """Yield a temporary folder beside `target` that becomes `target` when the block ends, and vanishes if it raises.
 
-    Ctrl-C and SIGTERM remove it too; what kill -9 leaves behind is removed by the next call for the same target.
+    Ctrl-C and SIGTERM remove it too, and the parents made for it; what kill -9 leaves behind is removed by a later call
+    for the same target.
 
     Args:
         target: the folder to write. An empty one may exist already.
@@ -46,49 +50,53 @@ def output_folder(
         protect: folders that must not be replaced, such as the input of the work.
 
     Raises:
-        OutputError: the target exists, cannot be created, or the disk is full.
+        OutputError: the target exists or appeared during the work, cannot be created, or the disk is full.
     """
     target = _resolved(target)
     _refuse_unless_replaceable(target, force=force, marker=marker, protect=protect)
-    parent = _parent_of(target)
-    _remove_leftovers(target)
-    _refuse_unless_free(parent, target, needed_bytes)
-    temporary = _temporary_name(target, "partial")
-    with _terminate_as_exception():
+    with _terminate_as_exception(), _parents_made(target):
+        _remove_leftovers(target)
+        _refuse_unless_free(target, needed_bytes)
+        temporary = _temporary_name(target, "partial")
         lock = -1
         try:
             try:
                 temporary.mkdir()
-                lock = _lock(temporary)
+                lock = os.open(temporary, os.O_RDONLY)
+                _lock(lock)
             except OSError as error:
                 raise _cannot_write(target, error) from error
             with _disk_full_explained(target, needed_bytes):
                 yield temporary
                 _flush_small_files(temporary)
                 with _signals_deferred():
-                    _swap_in(temporary, target)
+                    # Once more: somebody may have put a folder there during the work.
+                    _refuse_unless_replaceable(target, force=force, marker=marker, protect=protect)
+                    _swap_in(temporary, target, force=force)
         finally:
-            if lock >= 0:
-                os.close(lock)
             with _signals_deferred():
                 shutil.rmtree(temporary, ignore_errors=True)
+                if lock >= 0:
+                    os.close(lock)
 
 
 @contextmanager
-def output_file(target: Path, *, force: bool = True) -> Iterator[Path]:
-    """Like `output_folder` for one file: yield the path to write, which becomes `target` when the block ends."""
+def output_file(target: Path) -> Iterator[Path]:
+    """Like `output_folder` for one file: yield the path to write, which becomes `target` when the block ends.
+
+    An existing file is replaced; a folder, a pipe or a device is not.
+    """
     target = _resolved(target)
-    if target.is_dir():
-        raise OutputError(f"{target} cannot be written", found="a folder of that name", wanted="a file name")
-    if target.exists() and not force:
-        raise OutputError(f"{target} exists", wanted="a new file name", hint="choose another name or remove it")
-    _parent_of(target)
-    _remove_leftovers(target)
-    temporary = _temporary_name(target, "partial")
-    with _terminate_as_exception():
+    if target.exists() and not target.is_file():
+        raise OutputError(f"{target} cannot be written", found="a folder or device of that name", wanted="a file name")
+    with _terminate_as_exception(), _parents_made(target):
+        _remove_leftovers(target)
+        temporary = _temporary_name(target, "partial")
+        lock = -1
         try:
             try:
-                os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+                lock = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
+                _lock(lock)
             except OSError as error:
                 raise _cannot_write(target, error) from error
             with _disk_full_explained(target, 0):
@@ -98,8 +106,11 @@ def output_file(target: Path, *, force: bool = True) -> Iterator[Path]:
                     temporary.replace(target)
                     _flush(target.parent)
         finally:
-            with suppress(FileNotFoundError):
-                temporary.unlink()
+            with _signals_deferred():
+                with suppress(FileNotFoundError):
+                    temporary.unlink()
+                if lock >= 0:
+                    os.close(lock)
 
 
 def _resolved(target: Path) -> Path:
@@ -140,12 +151,22 @@ def _refuse_unless_replaceable(target: Path, *, force: bool, marker: str, protec
         )
 
 
-def _parent_of(target: Path) -> Path:
+@contextmanager
+def _parents_made(target: Path) -> Iterator[None]:
+    """Make the missing parents of `target`; if the block raises, remove those of them that are empty."""
+    missing: list[Path] = []
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise _cannot_write(target, error) from error
-    return target.parent
+        try:
+            missing.extend(folder for folder in target.parents if not folder.exists())
+            target.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise _cannot_write(target, error) from error
+        yield
+    except BaseException:
+        for folder in missing:
+            with suppress(OSError):
+                folder.rmdir()
+        raise
 
 
 def _cannot_write(target: Path, error: OSError) -> OutputError:
@@ -159,8 +180,8 @@ def _cannot_write(target: Path, error: OSError) -> OutputError:
     )
 
 
-def _refuse_unless_free(parent: Path, target: Path, needed_bytes: int) -> None:
-    if needed_bytes and shutil.disk_usage(parent).free < needed_bytes:
+def _refuse_unless_free(target: Path, needed_bytes: int) -> None:
+    if needed_bytes and shutil.disk_usage(target.parent).free < needed_bytes:
         raise _disk_full(target, needed_bytes)
 
 
@@ -168,10 +189,14 @@ def _disk_full(target: Path, needed_bytes: int) -> OutputError:
     free = shutil.disk_usage(target.parent).free
     return OutputError(
         f"the disk is too full to write {target}",
-        found=f"{free / _GIB:.2f} GiB free in {target.parent}",
-        wanted=f"{needed_bytes / _GIB:.2f} GiB" if needed_bytes > free else "more free space",
+        found=f"{_in_words(free)} free in {target.parent}",
+        wanted=_in_words(needed_bytes) if needed_bytes > free else "more free space",
         hint="free some space or choose an output on another disk; nothing was left behind",
     )
+
+
+def _in_words(size_bytes: int) -> str:
+    return f"{size_bytes / _GIB:.2f} GiB" if size_bytes >= _GIB else f"{size_bytes / _MIB:.2f} MiB"
 
 
 @contextmanager
@@ -197,15 +222,45 @@ def _remove_leftovers(target: Path) -> None:
     pattern = re.compile(re.escape(f".{target.name}.") + r"(partial|previous)-(\d+)-[0-9a-f]{8}")
     for path in target.parent.iterdir():
         match = pattern.fullmatch(path.name)
-        if match is None or _is_alive(int(match[2])) or _is_locked(path):
+        if match is None:
             continue
-        if match[1] == "previous" and not target.exists():
-            continue  # killed between the two renames of a replacement: this is the only whole copy
+        pid = int(match[2])
+        if match[1] == "partial" and (_is_young(path) or _is_in_use(path, pid)):
+            continue
+        # An old folder moved aside is not locked. Once the target is whole again nobody needs it, so a thread of this
+        # process loses nothing; killed between the two renames of a replacement, it is the only whole copy.
+        if match[1] == "previous" and ((pid != os.getpid() and _is_alive(pid)) or not _holds_files(target)):
+            continue
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
         else:
             with suppress(OSError):
                 path.unlink()
+
+
+def _is_young(path: Path) -> bool:
+    # Between its making and its locking an output looks abandoned. Not even tried then: that would hold the lock.
+    try:
+        return time.time() - path.lstat().st_mtime < _YOUNG_SECONDS
+    except OSError:
+        return True
+
+
+def _is_in_use(path: Path, pid: int) -> bool:
+    """Ask the lock; where the file system has none, ask for the process."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:
+        return True
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return _is_alive(pid)
+    finally:
+        os.close(descriptor)
+    return False
 
 
 def _is_alive(pid: int) -> bool:
@@ -218,26 +273,10 @@ def _is_alive(pid: int) -> bool:
     return True
 
 
-def _lock(folder: Path) -> int:
-    """Lock the folder for as long as this process lives: a process number says nothing in another container."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def _lock(descriptor: int) -> None:
+    """Lock a partial output until the descriptor closes: a process number says nothing in another container."""
     with suppress(OSError):  # some network file systems have no locks; then the process number alone decides
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    return descriptor
-
-
-def _is_locked(path: Path) -> bool:
-    try:
-        descriptor = os.open(path, os.O_RDONLY)
-    except OSError:
-        return True
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return True
-    finally:
-        os.close(descriptor)
-    return False
 
 
 def _flush(path: Path) -> None:
@@ -258,10 +297,14 @@ def _flush_small_files(folder: Path) -> None:
     _flush(folder)
 
 
-def _swap_in(temporary: Path, target: Path) -> None:
+def _holds_files(folder: Path) -> bool:
+    return folder.is_dir() and any(folder.iterdir())
+
+
+def _swap_in(temporary: Path, target: Path, *, force: bool) -> None:
     """Rename, with an old folder moved aside first; if the second rename fails, the old one comes back."""
     previous = _temporary_name(target, "previous")
-    replaces = target.exists() and any(target.iterdir())
+    replaces = force and _holds_files(target)
     try:
         if replaces:
             target.rename(previous)
@@ -289,8 +332,8 @@ def _terminate_as_exception() -> Iterator[None]:
     def terminate(number: int, frame: FrameType | None) -> None:
         raise SystemExit(128 + number)
 
-    signal.signal(signal.SIGTERM, terminate)
     try:
+        signal.signal(signal.SIGTERM, terminate)
         yield
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -303,11 +346,14 @@ def _signals_deferred() -> Iterator[None]:
         yield
         return
     arrived: list[int] = []
-    kept = {
-        number: signal.signal(number, lambda number, frame: arrived.append(number))
-        for number in (signal.SIGINT, signal.SIGTERM)
-    }
+    kept: dict[signal.Signals, Callable[[int, FrameType | None], object] | int] = {}
     try:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            handler = signal.getsignal(number)
+            if handler is None:
+                continue  # installed from C: Python could not put it back
+            kept[number] = handler  # before the change: a signal that raises here must find it
+            signal.signal(number, lambda number, frame: arrived.append(number))
         yield
     finally:
         for number, handler in kept.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -132,6 +133,65 @@ def test_a_link_to_a_folder_stays_a_link(tmp_path: Path) -> None:
     assert (target / "manifest.json").read_text() == "new"
 
 
+@pytest.mark.parametrize(("force", "message"), [(False, "exists"), (True, "will not be replaced")])
+def test_a_folder_that_appears_during_the_work_is_kept(tmp_path: Path, force: bool, message: str) -> None:
+    target = tmp_path / "bundle"
+
+    def write() -> None:
+        with output_folder(target, force=force):
+            target.mkdir()
+            (target / "thesis.tex").write_text("years of work")
+
+    with pytest.raises(OutputError, match=message):
+        write()
+    assert listing(tmp_path) == ["bundle"]
+    assert listing(target) == ["thesis.tex"]
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+def test_a_file_replaces_neither_pipe_nor_folder(tmp_path: Path, make: Callable[[Path], None]) -> None:
+    target = tmp_path / "report"
+    make(target)
+    mode = target.stat().st_mode
+    with pytest.raises(OutputError, match="folder or device"), output_file(target):
+        pytest.fail("must not begin")
+    assert target.stat().st_mode == mode
+
+
+@pytest.mark.parametrize("write", [write_then_fail, write_file_then_fail])
+def test_a_failure_removes_the_parents_it_made_and_no_other(
+    tmp_path: Path, write: Callable[[Path, BaseException], None]
+) -> None:
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(ValueError, match="no"):
+        write(tmp_path / "mine" / "new" / "newer" / "output", ValueError("no"))
+    assert listing(tmp_path) == ["mine"]
+    assert listing(tmp_path / "mine") == []
+
+
+def test_a_failure_keeps_a_parent_that_others_use_by_now(tmp_path: Path) -> None:
+    def write() -> None:
+        with output_file(tmp_path / "new" / "state"):
+            (tmp_path / "new" / "theirs").write_text("")
+            raise ValueError("no")
+
+    with pytest.raises(ValueError, match="no"):
+        write()
+    assert listing(tmp_path / "new") == ["theirs"]
+
+
+def test_small_amounts_of_space_are_told_in_mib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = type(shutil.disk_usage(tmp_path))(1 << 40, 1 << 40, 3 << 19)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with (
+        pytest.raises(OutputError) as caught,
+        output_folder(tmp_path / "bundle", force=False, needed_bytes=5 << 20),
+    ):
+        pytest.fail("must not begin")
+    assert "1.50 MiB free" in str(caught.value)
+    assert "5.00 MiB" in str(caught.value)
+
+
 def test_too_little_space_is_refused_before_the_work_begins(tmp_path: Path) -> None:
     with (
         pytest.raises(OutputError, match="too full") as caught,
@@ -197,37 +257,6 @@ def test_terminate_and_ctrl_c_leave_nothing(tmp_path: Path, number: int, code: i
     assert listing(tmp_path) == []
 
 
-def test_kill_leaves_no_target_and_the_next_run_removes_the_rest(tmp_path: Path) -> None:
-    target = bundle(tmp_path / "bundle", "old")
-    assert interrupted_writer(target, signal.SIGKILL) == -signal.SIGKILL
-    assert (target / "manifest.json").read_text() == "old"
-    assert len(listing(tmp_path)) == 2
-    with output_folder(target, force=True) as folder:
-        (folder / "manifest.json").write_text("new")
-    assert listing(tmp_path) == ["bundle"]
-
-
-def test_two_writers_of_one_target_do_not_remove_each_others_work(tmp_path: Path) -> None:
-    target = tmp_path / "bundle"
-    with output_folder(target, force=True) as first:
-        (first / "manifest.json").write_text("first")
-        with output_folder(target, force=True) as second:
-            (second / "manifest.json").write_text("second")
-        assert first.is_dir()
-    assert (target / "manifest.json").read_text() == "first"
-    assert listing(tmp_path) == ["bundle"]
-
-
-def test_only_copy_is_kept_when_a_replacement_died_between_its_renames(tmp_path: Path) -> None:
-    dead = subprocess.Popen([sys.executable, "-c", ""])
-    dead.wait()
-    name = f".bundle.previous-{dead.pid}-01234567"
-    bundle(tmp_path / name, "only copy")
-    with pytest.raises(ValueError, match="no"), output_folder(tmp_path / "bundle", force=True):
-        raise ValueError("no")
-    assert listing(tmp_path) == [name]
-
-
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
     target = tmp_path / "talk.state"
     target.write_text("old")
@@ -238,8 +267,6 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
         path.write_text("new")
         assert target.read_text() == "old"
     assert target.read_text() == "new"
-    with pytest.raises(OutputError, match="exists"), output_file(target, force=False):
-        pytest.fail("must not begin")
     assert listing(tmp_path) == ["talk.state"]
 
 
@@ -264,3 +291,49 @@ def test_works_in_a_thread_and_leaves_signal_handlers_alone(tmp_path: Path) -> N
         (folder / "manifest.json").write_text("{}")
     assert listing(tmp_path) == ["main", "thread"]
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+
+
+def test_a_signal_while_handlers_change_leaves_none_of_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The signal is played by the call that changes the handler: it changes it, then raises as a handler would."""
+    real = signal.signal
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for struck in before:
+        pending: list[int] = [struck]
+
+        def strike(number: int, handler: signal.Handlers, pending: list[int] = pending) -> object:
+            previous = real(number, handler)
+            if number in pending:
+                pending.clear()
+                raise SystemExit(143)
+            return previous
+
+        monkeypatch.setattr(signal, "signal", strike)
+        with pytest.raises(SystemExit), output_folder(tmp_path / "bundle", force=True) as folder:
+            (folder / "manifest.json").write_text("{}")
+        monkeypatch.setattr(signal, "signal", real)
+        after = {number: signal.getsignal(number) for number in before}
+        for number, handler in before.items():
+            real(number, handler)  # for the tests after this one
+        assert after == before
+        assert listing(tmp_path) == []
+
+
+def test_a_handler_that_python_did_not_install_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, changed = signal.signal, []
+
+    def changing(number: int, handler: signal.Handlers) -> object:
+        changed.append(number)
+        previous = real(number, handler)
+        return None if number == signal.SIGTERM else previous
+
+    find = signal.getsignal
+    monkeypatch.setattr(signal, "getsignal", lambda number: None if number == signal.SIGTERM else find(number))
+    monkeypatch.setattr(signal, "signal", changing)
+    before = find(signal.SIGTERM)
+    try:
+        with output_folder(tmp_path / "bundle", force=False) as folder:
+            (folder / "manifest.json").write_text("{}")
+    finally:
+        real(signal.SIGTERM, before)
+    assert listing(tmp_path) == ["bundle"]
+    assert signal.SIGTERM not in changed
