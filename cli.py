@@ -140,10 +140,10 @@ def verify(bundle: Path, checkpoint: Path, prompt: str | None, images: tuple[Pat
 
     options = VerifyOptions(prompt=prompt, images=images, new_tokens=rest["new_tokens"])
     report = verify_bundle(bundle, checkpoint, options, progress=console_progress())
-    if rest["report"]:
+    click.echo(rendering.verification(COLUMNS, table_rows(report), verdict_lines(report)))
+    if rest["report"]:  # after the table, which took minutes and is worth having even when the disk is full
         with output_file(rest["report"]) as path:
             path.write_text(html_report(report), encoding="utf-8")
-    click.echo(rendering.verification(COLUMNS, table_rows(report), verdict_lines(report)))
     return 0 if report.passed else 1
 
 

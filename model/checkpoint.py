@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mmm_export import names
 from mmm_export.errors import CheckpointError, MissingPackageError
 from mmm_export.manifest import Dtype
 from mmm_export.model import tensors
@@ -139,7 +140,7 @@ class Checkpoint:
         Args:
             progress: told the bytes read.
         """
-        paths = (self.folder / "config.json", *self.files)
+        paths = (self.folder / names.CONFIG_FILE, *self.files)
         digest = hashlib.sha256()
         total = sum(path.stat().st_size for path in paths)
         with (progress or SilentProgress()).stage("Hash the checkpoint", total) as advance:

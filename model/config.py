@@ -7,9 +7,9 @@ import reprlib
 from pathlib import Path
 from typing import Any
 
+from mmm_export import names
 from mmm_export.errors import CheckpointError
 
-CONFIG_FILE = "config.json"
 MOST = 2**31 - 1  # no size of a model comes near; keeps later arithmetic and loops sane
 
 
@@ -123,14 +123,14 @@ def read_config(folder: Path) -> Section:
         raise CheckpointError(
             f"{folder} is not a checkpoint folder",
             found="a file" if folder.exists() else "nothing at this path",
-            wanted=f"a folder with {CONFIG_FILE} and safetensors files",
+            wanted=f"a folder with {names.CONFIG_FILE} and safetensors files",
         )
-    path = folder / CONFIG_FILE
+    path = folder / names.CONFIG_FILE
     if not path.is_file():
         raise CheckpointError(
             f"{folder} is not a checkpoint folder",
-            found=f"no {CONFIG_FILE} in it",
-            wanted=f"a folder with {CONFIG_FILE} and safetensors files",
+            found=f"no {names.CONFIG_FILE} in it",
+            wanted=f"a folder with {names.CONFIG_FILE} and safetensors files",
         )
     config = Section(read_json_object(path), path)
     missing = [part for part in ("embedding_config", "llm_config") if config.section(part) is None]

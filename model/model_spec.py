@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, cast
 
+from mmm_export import names
 from mmm_export.errors import CheckpointError
 from mmm_export.model import tensors
 from mmm_export.model.config import Section
@@ -23,7 +24,6 @@ NORM_EPS = {"embedding_config": 1e-5, "llm_config": 1e-6}
 MAX_POSITIONS = {"embedding_config": 4096, "llm_config": 2048}
 ROPE_THETA = 10000.0
 IMAGE_TOKEN_ID = 92546
-TEMPLATE = "internlm2-chat"
 ARCHITECTURES = ("mmMambaChatModel", "InternVLChatModel", "HoVLEChatModel")  # the student's class, and its teacher's
 
 
@@ -77,7 +77,7 @@ def model_spec(config: Section, stored: Mapping[str, StoredTensor], rope_scaling
         vision=vision_spec(config, stored, sizes.hidden_size, findings),
         image_token_id=image_token_id,
         normalize_embedding=bool(config.flag("normalize_encoder_output") or embedding.flag("normalize_encoder_output")),
-        template=config.text("template") or TEMPLATE,
+        template=config.text("template") or names.TEMPLATE,
     )
     rows = spec.vocab_size + spec.special_tokens
     if image_token_id >= rows:
@@ -86,7 +86,7 @@ def model_spec(config: Section, stored: Mapping[str, StoredTensor], rope_scaling
             found=f"id {image_token_id}" + ("" if stated_id is not None else ", the default, since it is not stated"),
             wanted=f"0 to {rows - 1}",
         )
-    if spec.template != TEMPLATE:
+    if spec.template != names.TEMPLATE:
         findings.append(f"template {spec.template!r:.40} is not known: prompts will be refused, token ids still work")
     unused = {tensors.CLASS_POSITION, tensors.LLM_TABLE}
     for prefix, kind in layers.leftovers:

@@ -8,8 +8,6 @@ from mmm_export import names
 from mmm_export.errors import CheckpointError
 from mmm_export.spec import ModelSpec
 
-IMAGE_TOKEN = "<IMG_CONTEXT>"
-
 
 def check_tokenizer(folder: Path, spec: ModelSpec) -> list[str]:
     """Compare the tokenizer files of a checkpoint with its dimensions; returns findings.
@@ -31,13 +29,13 @@ def check_tokenizer(folder: Path, spec: ModelSpec) -> list[str]:
             wanted=f"0 to {rows - 1}: the model has {rows} embeddings",
             hint="the tokenizer files may be of another checkpoint",
         )
-    image_token_id = tokenizer.find(IMAGE_TOKEN)
+    image_token_id = tokenizer.find(names.IMAGE_TOKEN)
     if image_token_id is None:
-        return [f"the tokenizer has no {IMAGE_TOKEN}: images cannot be put into prompts"]
+        return [f"the tokenizer has no {names.IMAGE_TOKEN}: images cannot be put into prompts"]
     if image_token_id != spec.image_token_id:
         raise CheckpointError(
             f"the tokenizer of {folder} has another image token than the model",
-            found=f"{IMAGE_TOKEN} is id {image_token_id}",
+            found=f"{names.IMAGE_TOKEN} is id {image_token_id}",
             wanted=f"id {spec.image_token_id}, img_context_token_id of config.json",
             hint="the tokenizer files may be of another checkpoint",
         )

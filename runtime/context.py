@@ -80,9 +80,9 @@ class Context:
 
     def add_sampled(self, token: int) -> bool:
         """Update the context with a token that was sampled from it; False, and no change, when it is full."""
-        self.seen[token] = True
         if self.capacity is not None and self.tokens >= self.capacity:
             return False
+        self.seen[token] = True
         self._unfed = (self._backend.tokens, (*self.unfed, token))
         return True
 
@@ -135,6 +135,7 @@ class Context:
 
     def reset(self) -> None:
         """Forget everything; also mends a context whose state was lost."""
+        self._is_broken = True  # until all of it is done; a Ctrl-C could come in between
         self.writer = None
         self._unfed = (0, ())
         self._last_fed = -1
@@ -150,6 +151,7 @@ class Context:
 
     def restore(self, snapshot: ContextSnapshot) -> None:
         """Update the context to a snapshot of this model, whose sizes were checked before."""
+        self._is_broken = True  # as in reset
         self.writer = None
         self._backend.write_state(snapshot.arrays, snapshot.tokens)
         self._unfed = (snapshot.tokens, snapshot.unfed)
@@ -160,7 +162,7 @@ class Context:
     def _refuse_if_broken(self) -> None:
         if self._is_broken:
             raise MmmError(
-                "the state of this session was lost while a failed prompt was undone",
+                "the state of this session was lost by an interrupt",
                 wanted="a session with a whole state",
                 hint="call reset(), or load_state() of a saved one",
             )

@@ -76,9 +76,15 @@ def check_requirements(folder: Path, manifest: Manifest, providers: list[str]) -
             hint="upgrade it, or export again: mmm-export onnx CHECKPOINT -o BUNDLE --body standard",
         )
     for file in names.GRAPH_FILES:
-        if file not in manifest.graphs or file not in manifest.files:
+        weights = file + names.WEIGHTS_SUFFIX
+        missing = (
+            file if file not in manifest.graphs else next((n for n in (file, weights) if n not in manifest.files), "")
+        )
+        if missing:
             raise BundleError(
-                f"{folder} lists no {file}", wanted=", ".join(names.GRAPH_FILES), hint="export the bundle again"
+                f"{folder} lists no {missing}",
+                wanted=f"{', '.join(names.GRAPH_FILES)}, each with its {names.WEIGHTS_SUFFIX} file",
+                hint="export the bundle again",
             )
     decoder = manifest.graphs[names.DECODER_FILE]
     inputs = {tensor.name: tensor for tensor in decoder.inputs}
@@ -108,8 +114,7 @@ def open_graph(
     """
     options = onnxruntime.SessionOptions()
     options.log_severity_level = FATAL
-    # Prepacked weights gain nothing measurable at one token and little at 512, but double the memory of the weights,
-    # which otherwise stay mapped files, and the time to open.
+    # Prepacking copies the weights, which doubles their memory; otherwise they stay mapped files.
     options.add_session_config_entry("session.disable_prepacking", "1")
     # A memory plan is kept for every chunk length that ever occurs; lengths of prompts are endless.
     options.enable_mem_pattern = False

@@ -99,8 +99,14 @@ def top_k_mask(scores: Floats, k: int) -> Mask:
 
 def top_p_mask(likely: Floats, p: float) -> Mask:
     """Mark the smallest set of likeliest tokens whose probabilities reach p, (vocab,); the lowest ids among equals."""
-    order = np.argsort(-likely, kind="stable")
+    # Only those are sorted that can matter: tokens below this share reach less than 1 - p together, so the others
+    # reach p. Rounding may leave them just short of it when p is next to 1; then all are sorted.
+    able = np.flatnonzero(likely >= (1 - p) / likely.size)
+    order = able[np.argsort(-likely[able], kind="stable")]
     reached = np.searchsorted(np.cumsum(likely[order]), p)
+    if reached == order.size:
+        order = np.argsort(-likely, kind="stable")
+        reached = np.searchsorted(np.cumsum(likely[order]), p)
     mask: Mask = np.zeros(likely.size, np.bool_)
     mask[order[: reached + 1]] = True
     return mask

@@ -77,19 +77,22 @@ class Session:
 
         Raises:
             BundleError: no bundle, damaged, of another version, or nothing that this machine can run.
-            OptionError: a value that is not allowed.
+            OptionError: a value that is not allowed, or a provider that ONNX Runtime does not have.
 
         """
         for name, value in (("chunk_tokens", chunk_tokens), ("threads", threads)):
             if value is not None and value < 1:
                 raise OptionError(f"{name} is out of range", found=str(value), wanted="at least 1")
         # Imported here: a state file can be inspected where ONNX Runtime is not installed.
+        from mmm_export.runtime.graph_loading import check_requirements, providers_from_names
         from mmm_export.runtime.onnxruntime_backend import OnnxRuntimeBackend
 
         folder = Path(path)
         manifest = read_manifest(folder)
-        check_files(folder, manifest, content=check_content)
-        backend = OnnxRuntimeBackend(folder, manifest, providers=providers, threads=threads)
+        chosen = providers_from_names(providers)
+        check_requirements(folder, manifest, chosen)
+        check_files(folder, manifest, content=check_content)  # last: it reads gigabytes
+        backend = OnnxRuntimeBackend(folder, manifest, providers=chosen, threads=threads)
         return cls(folder, manifest, backend, chunk_tokens=chunk_tokens)
 
     @property
@@ -109,12 +112,15 @@ class Session:
 
     @property
     def state_bytes(self) -> int:
-        """Bytes of the state of one sequence: conv and SSM states, and KV caches at their full capacity."""
+        """Bytes of the state of one sequence: conv and SSM states, and KV caches at their full capacity.
+
+        The session holds two such sets of buffers: a run reads one and writes the other.
+        """
         return sum(tensor.bytes for tensor in state_layout(self._manifest))
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """The bundle's tokenizer. Raises BundleError when it has none."""
+        """The bundle's tokenizer. Raises BundleError when it has none, TokenizerError when its files are damaged."""
         if self._tokenizer is None:
             if not (self._folder / names.TOKENIZER_MODEL_FILE).is_file():
                 raise BundleError(
@@ -139,6 +145,7 @@ class Session:
 
         Raises:
             PromptError: ids, images and KV cache do not fit each other; the context is unchanged.
+            MmmError: the engine failed and the context is unchanged, or the session is closed or needs a `reset`.
 
         """
         context = self._open_context
@@ -147,7 +154,13 @@ class Session:
         return context.feed(ids, pixels)
 
     def step(self, token_id: int) -> NDArray[np.float32]:
-        """Update the context with one token and return its logits, (vocab,). Raises PromptError like `prefill`."""
+        """Update the context with one token and return its logits, (vocab,).
+
+        Raises:
+            PromptError: the id is outside the vocabulary or an image token's, or the KV cache is full.
+            MmmError: as `prefill`.
+
+        """
         return self.prefill([token_id])
 
     def reset(self) -> None:
@@ -186,8 +199,11 @@ class Session:
         Returns: ids (T,) int64 that begin with the beginning-of-text token, and tiles (tiles, 3, S, S) or None.
 
         Raises:
-            PromptError: empty, or images and marks do not match.
+            PromptError: empty, not valid Unicode, or images and marks do not match.
             ImageError: a file is no usable image.
+            OptionError: max_tiles is out of range.
+            BundleError: the bundle has no tokenizer, or a chat template that is not known.
+            TokenizerError: the bundle's tokenizer files are damaged.
 
         """
         from mmm_export.text import chat_prompt
@@ -218,8 +234,13 @@ class Session:
         Returns: an iterator of text that afterwards has `finish_reason`, `text`, `token_ids` and `statistics`.
 
         Raises:
-            PromptError: empty, too long for the KV cache, or images and marks do not match.
+            PromptError: empty, not valid Unicode, too long for the KV cache, or images and marks do not match.
             ImageError: a file is no usable image.
+            OptionError: max_tiles is out of range, or a stop id outside the vocabulary.
+            BundleError: the bundle has no tokenizer, or a chat template that is not known.
+            TokenizerError: the bundle's tokenizer files are damaged.
+            MmmError: the session is closed. Iterating raises it too: the engine failed, its logits are not usable, or
+                the session needs a `reset`.
 
         """
         begin = time.perf_counter()
@@ -268,7 +289,10 @@ class Session:
 
     def _stop_ids(self, options: GenerationOptions) -> frozenset[int]:
         if options.stop_ids is None:
-            return frozenset({self._turn_end, self.tokenizer.eos_id} - {-1})
+            from mmm_export.text.prompt import TURN_END
+
+            ends = (self.tokenizer.find(TURN_END), self.tokenizer.eos_id)
+            return frozenset(token for token in ends if token is not None and token >= 0)
         vocabulary = self._manifest.model.vocab_size
         for token in options.stop_ids:
             if token >= vocabulary:
@@ -277,20 +301,12 @@ class Session:
                 )
         return frozenset(options.stop_ids)
 
-    @property
-    def _turn_end(self) -> int:
-        from mmm_export.text.prompt import TURN_END
-
-        return self.tokenizer.token_id(TURN_END)
-
     def _check_template(self) -> None:
-        from mmm_export.text import TEMPLATE
-
-        if self._manifest.model.template != TEMPLATE:
+        if self._manifest.model.template != names.TEMPLATE:
             raise BundleError(
                 "the model's chat template is not known",
                 found=repr(self._manifest.model.template),
-                wanted=TEMPLATE,
+                wanted=names.TEMPLATE,
                 hint="write the prompt yourself: session.prefill(session.tokenizer.encode(text))",
             )
 
@@ -310,10 +326,12 @@ class Session:
         Special tokens split a text before it is cut into pieces, so what follows `<|im_end|>` has the same ids alone.
         """
         from mmm_export.text import turn_prompt
+        from mmm_export.text.prompt import TURN_END
 
         ids, pixels = self._encode_with(turn_prompt, prompt, images, max_tiles, add_bos=False)
-        if self._context.last_token != self._turn_end:
-            ids = np.insert(ids, 0, self._turn_end)
+        closing = self.tokenizer.encode(TURN_END, add_bos=False)  # several ids where the vocabulary has no such token
+        if closing != [self._context.last_token]:
+            ids = np.concatenate([np.asarray(closing, np.int64), ids])
         return ids, pixels
 
     def _encode_with(

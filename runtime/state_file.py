@@ -138,7 +138,7 @@ def _used_bytes(tensor: StateTensor, rows: int) -> int:
 
 
 def _itemsize(tensor: StateTensor) -> int:
-    return 1 if tensor.dtype == "uint8" else int(np.dtype(tensor.storage).itemsize)
+    return int(np.dtype(tensor.storage).itemsize)
 
 
 def _header_bytes(header: StateHeader, tensors: list[StateTensor]) -> bytes:
@@ -255,8 +255,7 @@ def _check_position(path: Path, header: StateHeader, manifest: Manifest) -> None
 def _read_array(
     path: Path, stream: BinaryIO, tensor: StateTensor, rows: int, digest: Callable[[Any], object]
 ) -> NDArray[Any]:
-    dtype = np.uint8 if tensor.dtype == "uint8" else tensor.storage
-    array = np.empty(tensor.used_shape(rows), dtype)
+    array = np.empty(tensor.used_shape(rows), tensor.storage)
     view = _bytes(array)
     for begin in range(0, len(view), _BLOCK_BYTES):
         block = view[begin : begin + _BLOCK_BYTES]

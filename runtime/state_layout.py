@@ -12,7 +12,7 @@ from mmm_export import names
 from mmm_export.manifest import Dtype, Manifest
 
 # numpy has no bfloat16; its bits travel as uint16, since a runtime only moves states and never computes with them.
-STORAGE: dict[str, Any] = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16}
+STORAGE: dict[str, Any] = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16, "uint8": np.uint8}
 GRAPH_DTYPE: dict[Dtype, str] = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 TOKEN_AXIS = 2  # of a KV cache, (1, kv_heads, max_tokens, head_dim)

@@ -22,8 +22,7 @@ BASE_SPECIAL_TOKENS = (
     "<|im_end|>",
     "<|im_start|>",
 )
-IMAGE_TOKEN = "<IMG_CONTEXT>"
-ADDED_TOKENS = ("<img>", "</img>", IMAGE_TOKEN, "<quad>", "</quad>", "<ref>", "</ref>", "<box>", "</box>")
+ADDED_TOKENS = ("<img>", "</img>", names.IMAGE_TOKEN, "<quad>", "</quad>", "<ref>", "</ref>", "<box>", "</box>")
 SPECIAL_TOKENS = BASE_SPECIAL_TOKENS + ADDED_TOKENS
 CONTROL_TOKENS = ("<unk>", "<s>", "</s>")  # ids 0, 1, 2 inside the SentencePiece model
 
@@ -34,7 +33,7 @@ MOST_TRAINED_PIECES = 1000  # the corpus is too short for more; larger vocabular
 
 def image_token_id(vocab_size: int) -> int:
     """Where a test vocabulary of that many ids has <IMG_CONTEXT>; 92546 of 92553, as released."""
-    return vocab_size - len(SPECIAL_TOKENS) + SPECIAL_TOKENS.index(IMAGE_TOKEN)
+    return vocab_size - len(SPECIAL_TOKENS) + SPECIAL_TOKENS.index(names.IMAGE_TOKEN)
 
 
 def vocab_size_for(tokenizer_model: Path) -> int:

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from mmm_export import names
 from mmm_export.manifest import Dtype
 from mmm_export.model import tensors
 from mmm_export.model.testing.released_config import config_from_spec, overridden
@@ -64,7 +65,7 @@ def write_checkpoint(
     folder.mkdir(parents=True, exist_ok=True)
     config = config_from_spec(spec, dtype=dtype, layers_block_type=layers_block_type)
     text = json.dumps(overridden(config, config_overrides or {}), indent=4, ensure_ascii=False)
-    (folder / "config.json").write_text(text + "\n", encoding="utf-8")
+    (folder / names.CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
     if tokenizer is not False:
         write_tokenizer(folder, spec.vocab_size, tokenizer)
 

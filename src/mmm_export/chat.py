@@ -43,8 +43,8 @@ class Conversation:
 
     def ask(self, question: str) -> None:
         """Stream the answer to stdout, then tell its statistics on stderr. Ctrl-C ends the answer, not the session."""
-        images, self._images = self._images, []
-        answer = self._session.generate(question, images, self._options, max_tiles=self._max_tiles)
+        answer = self._session.generate(question, self._images, self._options, max_tiles=self._max_tiles)
+        self._images = []  # only now: a refused question keeps them for the next try
         try:
             for piece in answer:
                 click.echo(piece, nl=False)

@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import click
 
+from mmm_export import names
 from mmm_export.errors import MmmError
 from mmm_export.onnxruntime_support import best_body
 from mmm_export.output import output_file, output_folder
@@ -81,7 +82,7 @@ def _write_inputs(checkpoint: Path, photograph: Path) -> str:
     spec = tiny_spec(
         heads=4, kv_heads=2, head_dim=64, embedding_layers=2, llm_layers=6, tile_size=448, patch_size=14, **sizes
     )
-    with output_folder(checkpoint, force=True, marker="config.json") as temporary:
+    with output_folder(checkpoint, force=True, marker=names.CONFIG_FILE) as temporary:
         write_checkpoint(temporary, spec, seed=SEED, dtype="bf16", tokenizer=tokenizer)
     _write_photograph(photograph)
     return "32 thousand pieces of mistral-common" if tokenizer else "a small one, since mistral-common is not installed"

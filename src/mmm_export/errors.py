@@ -37,6 +37,10 @@ class CheckpointError(MmmError):
     """A checkpoint folder cannot be read or does not describe an mmMamba model."""
 
 
+class TokenizerError(MmmError):
+    """The tokenizer files of a checkpoint or bundle are missing, damaged, or contradict each other."""
+
+
 class BundleError(MmmError):
     """A bundle or engine folder is missing, damaged, of another version, or belongs to another model."""
 

@@ -8,11 +8,10 @@ from typing import Any
 
 from mmm_export import names
 from mmm_export.errors import MmmError
-from mmm_export.manifest import Dtype, read_manifest
+from mmm_export.manifest import Dtype, check_files, read_manifest
 from mmm_export.spec import LayerKind, ModelSpec
 
 BYTES: dict[str, int] = {"fp32": 4, "fp16": 2, "bf16": 2}
-CONFIG_FILE = "config.json"
 
 
 def inspect(path: Path) -> dict[str, Any]:
@@ -23,13 +22,15 @@ def inspect(path: Path) -> dict[str, Any]:
     """
     if (path / names.MANIFEST_FILE).is_file():
         return _bundle(path)
-    if (path / CONFIG_FILE).is_file():
+    if (path / names.CONFIG_FILE).is_file():
         return _checkpoint(path)
     if path.is_file():
         return _state(path)
     raise MmmError(
         f"{path} cannot be inspected",
-        found="a folder without config.json or manifest.json" if path.is_dir() else "no such file or folder",
+        found=f"a folder without {names.CONFIG_FILE} or {names.MANIFEST_FILE}"
+        if path.is_dir()
+        else "no such file or folder",
         wanted="a checkpoint folder, a bundle folder, or a state file",
     )
 
@@ -52,6 +53,7 @@ def _checkpoint(folder: Path) -> dict[str, Any]:
 
 def _bundle(folder: Path) -> dict[str, Any]:
     manifest = read_manifest(folder)
+    check_files(folder, manifest, content=False)
     return {
         "kind": "bundle",
         "path": str(folder),

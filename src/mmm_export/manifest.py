@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
+import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from mmm_export import names
 from mmm_export.errors import BundleError
@@ -17,6 +19,9 @@ from mmm_export.spec import ModelSpec
 SCHEMA = 1
 Dtype = Literal["fp32", "fp16", "bf16"]
 DTYPES: tuple[Dtype, ...] = ("fp32", "fp16", "bf16")
+
+_MAX_SIZE = 2**31 - 1
+_MAY_BE_ZERO = ("special_tokens", "max_tokens", "image_token_id", "shape", "bytes")
 
 
 @dataclass(frozen=True)
@@ -76,19 +81,68 @@ class Manifest:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Manifest:
-        """Inverse of `to_json`. Raises KeyError or TypeError on foreign data."""
+        """Inverse of `to_json`. Raises KeyError, TypeError, ValueError or AttributeError on foreign data."""
 
-        def tensors(rows: list[dict[str, Any]]) -> tuple[TensorInfo, ...]:
-            return tuple(TensorInfo(r["name"], r["dtype"], tuple(r["shape"])) for r in rows)
+        def tensors(rows: object) -> tuple[TensorInfo, ...]:
+            return tuple(TensorInfo(r["name"], r["dtype"], _items(r["shape"])) for r in _items(rows))
 
         fields = {k: v for k, v in data.items() if k not in ("schema", "kind", "model", "graphs", "files", "findings")}
-        return cls(
+        manifest = cls(
             model=ModelSpec.from_json(data["model"]),
             graphs={n: GraphInfo(tensors(g["inputs"]), tensors(g["outputs"])) for n, g in data["graphs"].items()},
             files={n: FileInfo(**f) for n, f in data["files"].items()},
-            findings=tuple(data.get("findings", ())),
+            findings=_items(data.get("findings", ())),
             **fields,
         )
+        _check_value("manifest", manifest, cls)
+        if manifest.model.vision.tokens_per_tile < 1:
+            raise ValueError("vision gives no token for a tile")
+        return manifest
+
+
+def _items(value: object) -> tuple[Any, ...]:
+    if not isinstance(value, (list, tuple)):  # a string would become its letters
+        raise TypeError(f"{value!r:.80} is no list")
+    return tuple(value)
+
+
+def _check_value(name: str, value: Any, declared: Any) -> None:
+    """Refuse a value that is not of its field's declared type, or out of range. Raises TypeError or ValueError.
+
+    A `bool` is no integer, an integer is a `float`, and text has to be writable as UTF-8.
+    """
+    if dataclasses.is_dataclass(declared):
+        for field, hint in get_type_hints(declared).items():
+            _check_value(field, getattr(value, field), hint)
+        return
+    kind, arguments = get_origin(declared), get_args(declared)
+    if kind is Literal:
+        if value not in arguments:
+            raise ValueError(f"{name} is {value!r:.80}, not one of {', '.join(arguments)}")
+    elif kind is tuple:
+        for item in value:
+            _check_value(name, item, arguments[0])
+    elif kind is dict:
+        if not isinstance(value, dict):
+            raise TypeError(f"{name} is {value!r:.80}, not an object")
+        for key, item in value.items():
+            _check_value(f"a name in {name}", key, arguments[0])
+            _check_value(f"{name} {key!r:.80}", item, arguments[1])
+    else:
+        _check_plain(name, value, arguments or (declared,))
+
+
+def _check_plain(name: str, value: Any, allowed: tuple[type, ...]) -> None:
+    if type(value) not in allowed and not (float in allowed and type(value) is int):
+        raise TypeError(f"{name} is {value!r:.80}, not {' or '.join(kind.__name__ for kind in allowed)}")
+    if isinstance(value, str):
+        value.encode()
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{name} is {value}")
+    elif type(value) is int and float not in allowed:
+        least = 0 if name in _MAY_BE_ZERO else 1
+        if value < least or (value > _MAX_SIZE and name != "bytes"):
+            raise ValueError(f"{name} is {value!r:.80}, not {least} to {_MAX_SIZE}")
 
 
 def file_info(path: Path) -> FileInfo:
@@ -113,18 +167,18 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 def read_manifest(folder: Path) -> Manifest:
     """Read and check the manifest of a bundle folder. Raises BundleError; the files themselves are checked by `check_files`."""
     path = folder / names.MANIFEST_FILE
-    if not path.is_file():
-        raise BundleError(
-            f"{folder} is not a bundle",
-            found="no such folder" if not folder.exists() else f"no {names.MANIFEST_FILE} in it",
-            wanted="a folder written by mmm-export onnx",
-            hint="mmm-export onnx CHECKPOINT -o BUNDLE",
-        )
     try:
+        if not path.is_file():
+            raise BundleError(
+                f"{folder} is not a bundle",
+                found="no such folder" if not folder.exists() else f"no {names.MANIFEST_FILE} in it",
+                wanted="a folder written by mmm-export onnx",
+                hint="mmm-export onnx CHECKPOINT -o BUNDLE",
+            )
         data = json.loads(path.read_text(encoding="utf-8"))
         schema = data["schema"]
         kind = data["kind"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OSError, RecursionError) as error:
         raise BundleError(
             f"{path} cannot be read",
             found=f"{type(error).__name__}: {error}",
@@ -141,30 +195,55 @@ def read_manifest(folder: Path) -> Manifest:
         )
     try:
         return Manifest.from_json(data)
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
         raise BundleError(
             f"{path} is damaged",
             found=f"{type(error).__name__}: {error}",
-            wanted="all fields of schema 1",
+            wanted="all fields of schema 1, each with a value that it can have",
             hint="export the bundle again",
         ) from error
 
 
 def check_files(folder: Path, manifest: Manifest, *, content: bool = True) -> None:
-    """Compare the files of a bundle with its manifest: presence, size and, with `content`, SHA-256. Raises BundleError."""
+    """Compare the files of a bundle with its manifest: names, sizes and, with `content`, SHA-256.
+
+    Every listed file lies in the folder itself and is no link. Other files may lie beside them and are not looked at.
+
+    Raises:
+        BundleError: a file is missing or changed.
+
+    """
+    try:
+        _check_names_and_sizes(folder, manifest)
+        if content:
+            _check_content(folder, manifest)
+    except OSError as error:
+        raise BundleError(f"{folder} cannot be read", found=f"{error.filename}: {error.strerror}") from error
+
+
+def _check_names_and_sizes(folder: Path, manifest: Manifest) -> None:
+    with os.scandir(folder) as entries:
+        present = {entry.name: entry for entry in entries}
     for name, info in manifest.files.items():
-        path = folder / name
-        if Path(name).is_absolute() or ".." in Path(name).parts or not path.is_file():
-            raise BundleError(f"{folder} is incomplete", found=f"no file {name}", hint="export the bundle again")
-        if path.stat().st_size != info.bytes:
+        entry = present.get(name)
+        if entry is None or not entry.is_file(follow_symlinks=False):
             raise BundleError(
-                f"{path} was changed",
-                found=f"{path.stat().st_size} bytes",
+                f"{folder} is incomplete",
+                found=f"no file {name!r}" if entry is None else f"{name!r}, which is a link or a folder",
+                wanted="each file of the manifest in the folder itself",
+                hint="export the bundle again",
+            )
+        size = entry.stat(follow_symlinks=False).st_size
+        if size != info.bytes:
+            raise BundleError(
+                f"{folder / name} was changed",
+                found=f"{size} bytes",
                 wanted=f"{info.bytes} bytes",
                 hint="copy or export the bundle again",
             )
-    if not content:
-        return
+
+
+def _check_content(folder: Path, manifest: Manifest) -> None:
     with ThreadPoolExecutor(4) as pool:
         actual = list(pool.map(lambda name: file_info(folder / name), manifest.files))
     for (name, info), found in zip(manifest.files.items(), actual, strict=True):

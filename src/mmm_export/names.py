@@ -1,4 +1,4 @@
-"""Every file and graph tensor name of a bundle, written once. `layer` is the global layer index (embedding stack first)."""
+"""Names of files, graph tensors and tokens that stages share. `layer` is the global layer index (embedding stack first)."""
 
 from __future__ import annotations
 
@@ -9,11 +9,16 @@ MANIFEST_FILE = "manifest.json"
 GRAPH_FILES = (VISION_FILE, EMBEDDING_FILE, DECODER_FILE)
 WEIGHTS_SUFFIX = ".data"
 
+CONFIG_FILE = "config.json"  # of a checkpoint
+
 TOKENIZER_MODEL_FILE = "tokenizer.model"
 ADDED_TOKENS_FILE = "added_tokens.json"
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
 SPECIAL_TOKENS_FILE = "special_tokens_map.json"
 TOKENIZER_FILES = (TOKENIZER_MODEL_FILE, ADDED_TOKENS_FILE, TOKENIZER_CONFIG_FILE, SPECIAL_TOKENS_FILE)
+
+TEMPLATE = "internlm2-chat"  # the only chat template that mmMamba models are trained with
+IMAGE_TOKEN = "<IMG_CONTEXT>"  # one for every vector of an image
 
 OP_DOMAIN = "mmm"
 OP_NAME = "MmmSelectiveScan"

@@ -27,6 +27,11 @@ def size(count: float) -> str:
     return f"{count:.2f} GiB"
 
 
+def printable(text: str) -> str:
+    """Text with control characters spelt out: a manifest or a state file must not steer the terminal."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
 def table(rows: Sequence[Sequence[str]], *, indent: int = 0) -> str:
     """Align columns by spaces; the last one is not padded."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -44,11 +49,15 @@ def inspection(data: Mapping[str, Any]) -> str:
         parts.append(table(plain, indent=2))
     for key, value in data.items():
         if isinstance(value, Mapping) and value:
-            rows = [(name if key == "files" else _label(name), _cell(key, name, cell)) for name, cell in value.items()]
+            rows = [
+                (printable(name) if key == "files" else _label(name), _cell(key, name, cell))
+                for name, cell in value.items()
+            ]
             parts.append(f"{key}\n{table(rows, indent=2)}")
     if data.get("findings"):
         lines = [
-            textwrap.fill(text, WIDTH, initial_indent="  - ", subsequent_indent="    ") for text in data["findings"]
+            textwrap.fill(printable(text), WIDTH, initial_indent="  - ", subsequent_indent="    ")
+            for text in data["findings"]
         ]
         parts.append("\n".join(["findings", *lines]))
     return "\n\n".join(parts)
@@ -61,23 +70,23 @@ def _is_plain(key: str, value: object) -> bool:
 def _plain(key: str, value: object) -> str:
     if key == "parameters" and isinstance(value, int):
         return f"{value:,}"
-    return size(value) if key.endswith("bytes") and isinstance(value, int) else str(value)
+    return size(value) if key.endswith("bytes") and isinstance(value, int) else printable(str(value))
 
 
 def _label(name: str) -> str:
-    return name.replace("_bytes_per_token", " per token").removesuffix("_bytes").replace("_", " ")
+    return printable(name).replace("_bytes_per_token", " per token").removesuffix("_bytes").replace("_", " ")
 
 
 def _cell(group: str, name: str, value: object) -> str:
     is_size = group == "files" or "bytes" in name
     if isinstance(value, bool):
         return "yes" if value else "no"
-    return size(value) if is_size and isinstance(value, int) else str(value)
+    return size(value) if is_size and isinstance(value, int) else printable(str(value))
 
 
 def findings(found: Sequence[Finding]) -> str:
     """Render what `mmm_export.doctor.examine` returns: what is there, then what is missing and how to get it."""
-    present = [(f.name, str(f.found)) for f in found if f.found]
+    present = [(f.name, printable(str(f.found))) for f in found if f.found]
     missing = [(f.name, f"for {f.purpose}", f.hint) for f in found if not f.found]
     parts = [f"found\n{table(present, indent=2)}"]
     if missing:
@@ -100,7 +109,7 @@ def export_summary(folder: Path, manifest: Manifest) -> str:
         )
     else:
         lines.append(f"state: {fixed} for each sequence, whatever its length")
-    lines += [f"finding: {text}" for text in manifest.findings]
+    lines += [f"finding: {printable(text)}" for text in manifest.findings]
     for name, value in manifest.environment.items():
         lines.append(f"note: other programs load these graphs with {name}={value} in their environment")
     lines.append(f"next: mmm-export verify {shlex.quote(str(folder))} --checkpoint CHECKPOINT")

@@ -219,3 +219,20 @@ def test_doctor_names_what_is_there_and_how_to_get_what_is_not(capsys: pytest.Ca
     assert all(row["purpose"] for row in found.values())
     assert run(cli, ["doctor"]) == 0
     assert "onnxruntime" in capsys.readouterr().out
+
+
+def test_verify_prints_its_table_even_when_the_report_cannot_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from mmm_export.exporter import report, verify
+
+    monkeypatch.setattr(verify, "verify_bundle", lambda *_, **__: report)
+    monkeypatch.setattr(report, "table_rows", lambda _: [["hop", *["cell"] * len(report.COLUMNS)]])
+    monkeypatch.setattr(report, "verdict_lines", lambda _: ["verdict: PASSED"])
+    monkeypatch.setattr(report, "html_report", lambda _: "page")
+    (tmp_path / "file").write_text("")
+    command = ["verify", "bundle", "--checkpoint", "checkpoint", "--report", str(tmp_path / "file" / "page.html")]
+    assert run(cli, command) == 1
+    shown = capsys.readouterr()
+    assert shown.out.endswith("verdict: PASSED\n")
+    assert shown.err.startswith("error: ")

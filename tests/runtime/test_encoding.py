@@ -12,6 +12,7 @@ from PIL import Image
 from toy import toy_session
 
 from mmm_export.errors import BundleError, ImageError, OptionError, PromptError
+from mmm_export.model.testing.vocabulary import write_tokenizer
 from mmm_export.runtime import GenerationOptions
 from mmm_export.text import Tokenizer, chat_prompt
 
@@ -93,3 +94,17 @@ def test_unknown_template_is_refused_but_token_ids_work(folder: Path) -> None:
     session.prefill(session.tokenizer.encode("Hi"))
     with pytest.raises(BundleError, match="template"):
         session.encode("Hi")
+
+
+def test_tokenizer_without_a_turn_end_still_generates(tmp_path: Path) -> None:
+    write_tokenizer(tmp_path, 512)
+    for path in tmp_path.glob("*.json"):
+        path.write_text(path.read_text().replace("<|im_end|>", "<|other|>"))
+    session, _ = toy_session(folder=tmp_path, script=lambda tokens: 300)
+    assert session.tokenizer.find("<|im_end|>") is None
+    list(session.generate("Hi", options=GenerationOptions(max_new_tokens=2)))
+    follow_up = session.generate("And?", options=GenerationOptions(max_new_tokens=2))
+    list(follow_up)
+    closing = session.tokenizer.encode("<|im_end|>", add_bos=False)
+    assert len(closing) > 1
+    assert follow_up._turn.ids[: len(closing)].tolist() == closing

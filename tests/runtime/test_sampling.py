@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from mmm_export.errors import MmmError, OptionError
 from mmm_export.runtime import GenerationOptions
-from mmm_export.runtime.sampling import Sampler
+from mmm_export.runtime.sampling import Sampler, top_p_mask
 
 FLOAT32_MAX = float(np.finfo(np.float32).max)
 
@@ -228,3 +228,33 @@ def test_extreme_draws_hit_only_tokens_with_a_probability(
     monkeypatch.setattr(sampler, "_random", Fixed())
     logits = np.array([-np.inf, 0.0, 1.0, -np.inf], np.float32)
     assert sampler.choose(logits, UNSEEN) == wanted
+
+
+@settings(deadline=None)
+@given(
+    weights=st.lists(
+        st.sampled_from([0.0, 1e-300, 1e-17, 1e-9, 0.5, 1.0, 1.0, 7.0, 1e6]), min_size=1, max_size=60
+    ).filter(any),
+    p=st.floats(1e-12, 1, exclude_max=True) | st.just(float(np.nextafter(1, 0))),
+)
+def test_top_p_keeps_what_sorting_every_token_keeps(weights: list[float], p: float) -> None:
+    likely = np.array(weights) / np.sum(weights)
+    order = np.argsort(-likely, kind="stable")
+    wanted = np.zeros(likely.size, np.bool_)
+    wanted[order[: np.searchsorted(np.cumsum(likely[order]), p) + 1]] = True
+    assert np.array_equal(top_p_mask(likely, p), wanted)
+
+
+def test_top_p_sorts_only_tokens_that_can_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+    likely = np.full(1000, 1e-9)
+    likely[5] = 1 - likely.sum()
+    sorted_sizes: list[int] = []
+    argsort = np.argsort
+
+    def counted(values: Any, **options: Any) -> Any:
+        sorted_sizes.append(len(values))
+        return argsort(values, **options)
+
+    monkeypatch.setattr(np, "argsort", counted)
+    assert np.flatnonzero(top_p_mask(likely, 0.9)).tolist() == [5]
+    assert sorted_sizes == [1]

@@ -1,15 +1,13 @@
 """Text on its way into and out of the model: tokenizer, chat prompt, stream of tokens to text."""
 
-from mmm_export.text.piece_model import TokenizerError
-from mmm_export.text.prompt import DEFAULT_SYSTEM, IMAGE_MARK, IMAGE_TOKEN, TEMPLATE, chat_prompt, turn_prompt
+from mmm_export.errors import TokenizerError
+from mmm_export.text.prompt import DEFAULT_SYSTEM, IMAGE_MARK, chat_prompt, turn_prompt
 from mmm_export.text.stream import TextStream
 from mmm_export.text.tokenizer import Tokenizer
 
 __all__ = [
     "DEFAULT_SYSTEM",
     "IMAGE_MARK",
-    "IMAGE_TOKEN",
-    "TEMPLATE",
     "TextStream",
     "Tokenizer",
     "TokenizerError",

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from mmm_export import names
-from mmm_export.text.piece_model import PieceModel, TokenizerError
+from mmm_export.errors import TokenizerError
+from mmm_export.text.piece_model import PieceModel
 
 _EXTRA = "additional_special_tokens"
 # In this order tokens without an id get one. The values are what InternLM2's tokenizer assumes where no file names

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from mmm_export.errors import MmmError
+from mmm_export.errors import TokenizerError
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 SPACE = "▁"  # how SentencePiece writes a space inside a piece
@@ -24,10 +24,6 @@ _PIECE_TEXT, _PIECE_KIND = 1, 3
 _TRAINER_SUFFIX_SPACE, _TRAINER_UNKNOWN_TEXT = 24, 44
 _TRAINER_UNK, _TRAINER_BOS, _TRAINER_EOS = 45, 46, 47
 _NORMALIZER_CHARSMAP, _NORMALIZER_DUMMY_PREFIX, _NORMALIZER_TRIM = 2, 3, 4
-
-
-class TokenizerError(MmmError):
-    """The tokenizer files of a checkpoint or bundle are missing, damaged, or contradict each other."""
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from mmm_export import names
 from mmm_export.errors import OptionError, PromptError
 
-TEMPLATE = "internlm2-chat"
 DEFAULT_SYSTEM = (
     "你是由上海人工智能实验室联合商汤科技开发的书生多模态大模型，英文名叫InternVL, 是一个有用无害的人工智能助手。"
 )
@@ -15,7 +15,6 @@ TURN_END = "<|im_end|>"  # no newline behind it; also what the model stops with
 IMAGE_MARK = "<image>"  # what a user writes; plain text to the tokenizer
 IMAGE_START = "<img>"
 IMAGE_END = "</img>"
-IMAGE_TOKEN = "<IMG_CONTEXT>"  # one for every vector of an image
 
 
 def chat_prompt(
@@ -92,11 +91,11 @@ def _check_texts(question: str, texts: Sequence[str]) -> None:
             hint="pass text, for example --prompt 'Describe the picture.'",
         )
     for text in texts:
-        if IMAGE_TOKEN in text:
+        if names.IMAGE_TOKEN in text:
             # It would be counted as a vector of an image, and every image after it would be out of place.
             raise PromptError(
-                f"the prompt holds {IMAGE_TOKEN}",
-                found=f"it at character {text.index(IMAGE_TOKEN)}",
+                f"the prompt holds {names.IMAGE_TOKEN}",
+                found=f"it at character {text.index(names.IMAGE_TOKEN)}",
                 wanted=f"{IMAGE_MARK} where an image belongs",
                 hint=f"write {IMAGE_MARK} instead, or remove it",
             )
@@ -114,7 +113,7 @@ def _image_texts(questions: Sequence[str], tile_counts: Sequence[int], tokens_pe
     for name, count in (("tokens_per_tile", tokens_per_tile), *(("tile count", tiles) for tiles in tile_counts)):
         if count < 1:
             raise OptionError(f"{name} must be at least 1", found=str(count))
-    return (IMAGE_START + IMAGE_TOKEN * (tokens_per_tile * tiles) + IMAGE_END for tiles in tile_counts)
+    return (IMAGE_START + names.IMAGE_TOKEN * (tokens_per_tile * tiles) + IMAGE_END for tiles in tile_counts)
 
 
 def _filled(text: str, images: Iterator[str]) -> str:

@@ -14,9 +14,9 @@ from pathlib import Path
 import sentencepiece
 
 from mmm_export import names
-from mmm_export.errors import OptionError, PromptError
+from mmm_export.errors import OptionError, PromptError, TokenizerError
 from mmm_export.text.added_tokens import AddedTokens, read_added_tokens
-from mmm_export.text.piece_model import PieceModel, TokenizerError, read_piece_model
+from mmm_export.text.piece_model import PieceModel, read_piece_model
 
 # Replaced one after the other over the whole text, so the order matters.
 _TIDY = (
