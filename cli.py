@@ -50,10 +50,10 @@ def cli(ctx: click.Context, verbose: bool) -> None:
 )
 @click.option(
     "--max-tokens",
-    type=click.IntRange(min=1),
+    type=click.IntRange(min=1, max=1 << 20),
     default=4096,
     metavar="TOKENS",
-    help="KV cache capacity of a model with attention layers. A linear model has none and no limit.",
+    help="KV cache capacity of a model with attention layers; each step costs time by it. A linear model has none and no limit.",
 )
 @click.option(
     "--body",

@@ -46,6 +46,7 @@ from mmm_export.progress import Progress, SilentProgress
 from mmm_export.spec import ModelSpec
 
 IR_VERSION = 10
+MOST_TOKENS = 1 << 20  # a KV cache of so many tokens takes 32 GB and more at full size
 STANDARD_OPS_OPSET = 27
 STANDARD_OPS_ENVIRONMENT = {"ALLOW_RELEASED_ONNX_OPSET_ONLY": "0"}
 
@@ -79,8 +80,8 @@ class ExportOptions:
         ):
             if value not in allowed:
                 raise OptionError(f"unknown {field}", found=repr(value), wanted=", ".join(allowed))
-        if self.max_tokens < 1:
-            raise OptionError("max_tokens is too small", found=str(self.max_tokens), wanted="at least 1")
+        if not 1 <= self.max_tokens <= MOST_TOKENS:
+            raise OptionError("max_tokens is out of range", found=str(self.max_tokens), wanted=f"1 to {MOST_TOKENS}")
 
     @property
     def scan_body(self) -> Body:
@@ -109,6 +110,7 @@ def export_bundle(
     max_tokens = options.max_tokens if source.spec.attention_layers else 0
     item_bytes = 4 if options.dtype == "fp32" else 2
     needed = sum(math.prod(shape) for shape in required_shapes(source.spec).values()) * item_bytes
+    needed += 2 * 2 * max_tokens * source.spec.head_dim // 2 * 4  # cosine and sine of both stacks
     with output_folder(Path(output), force=force, needed_bytes=needed, protect=(source.folder,)) as folder:
         identity = _in_background(source.sha256)  # hashing releases the interpreter lock: it runs beside the trace
         writer = _BundleWriter(source, folder, options, max_tokens, progress)

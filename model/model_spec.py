@@ -79,6 +79,12 @@ def model_spec(config: Section, stored: Mapping[str, StoredTensor], rope_scaling
         normalize_embedding=bool(config.flag("normalize_encoder_output") or embedding.flag("normalize_encoder_output")),
         template=config.text("template") or names.TEMPLATE,
     )
+    if spec.attention_layers and spec.head_dim % 2:
+        raise CheckpointError(
+            "the attention layers cannot be rotated",
+            found=f"head_dim {spec.head_dim}",
+            wanted="an even head_dim, since rotary embedding turns pairs",
+        )
     rows = spec.vocab_size + spec.special_tokens
     if image_token_id >= rows:
         raise CheckpointError(

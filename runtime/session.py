@@ -81,8 +81,10 @@ class Session:
 
         """
         for name, value in (("chunk_tokens", chunk_tokens), ("threads", threads)):
-            if value is not None and value < 1:
-                raise OptionError(f"{name} is out of range", found=str(value), wanted="at least 1")
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise OptionError(f"{name} is out of range", found=repr(value), wanted="a whole number of at least 1")
+        if isinstance(providers, str):
+            providers = [providers]  # one name is that name, and not its letters
         # Imported here: a state file can be inspected where ONNX Runtime is not installed.
         from mmm_export.runtime.graph_loading import check_requirements, providers_from_names
         from mmm_export.runtime.onnxruntime_backend import OnnxRuntimeBackend

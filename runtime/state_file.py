@@ -60,10 +60,18 @@ class StateHeader:
 
 
 def read_state_header(path: Path | str) -> StateHeader:
-    """Read what a state file says about itself; the states are neither read nor checked. Raises StateFileError."""
+    """Read what a state file says about itself; of the states only the size is checked. Raises StateFileError."""
     path = Path(path)
     with _opened(path) as stream:
-        return _read_header(path, stream)[0]
+        header, raw = _read_header(path, stream)
+    entries = json.loads(raw[8:])
+    try:
+        wanted = len(raw) + max(entry["data_offsets"][1] for name, entry in entries.items() if name != "__metadata__")
+    except (ValueError, KeyError, TypeError, IndexError) as error:
+        raise _damaged(path, f"{type(error).__name__}: {error}", "the place of every tensor") from error
+    if path.stat().st_size != wanted:
+        raise _damaged(path, f"{path.stat().st_size} bytes", f"{wanted} bytes")
+    return header
 
 
 def write_state(path: Path | str, manifest: Manifest, snapshot: ContextSnapshot) -> None:

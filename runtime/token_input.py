@@ -64,6 +64,8 @@ def pixels_from_input(pixel_values: ArrayLike | None, spec: ModelSpec) -> NDArra
             wanted=f"float32 (tiles, {channels}, {size}, {size}), normalised",
             hint="mmm_export.images.tiles_from_image makes them from an image",
         )
+    if not np.isfinite(pixels).all():
+        raise PromptError("pixel values are damaged", found="NaN or infinity", wanted="finite numbers")
     return np.ascontiguousarray(pixels, dtype=np.float32) if len(pixels) else None
 
 

@@ -6,10 +6,12 @@ Exit codes: 0 done; 1 failed, or a check failed; 2 wrong usage; 130 interrupted;
 from __future__ import annotations
 
 import difflib
+import errno
 import os
 import sys
 import traceback
 from collections.abc import Sequence
+from pathlib import Path
 
 import click
 
@@ -62,6 +64,7 @@ def run(group: click.Group, arguments: Sequence[str]) -> int:
         group: the commands; one that returns a number ends with it as the exit code.
         arguments: what follows the program's name.
     """
+    _open_missing_streams()
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a terminal that has no Chinese shall not end an answer half-way
     try:
@@ -78,6 +81,11 @@ def run(group: click.Group, arguments: Sequence[str]) -> int:
     except BrokenPipeError:
         _forget_stdout()
         return 1
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            return _bug(error)
+        _forget_stdout()
+        return _failure("the disk is full\n\nhint: free some space, or send the output elsewhere", 1)
     except ModuleNotFoundError as error:
         name = (error.name or "").partition(".")[0]
         return _bug(error) if name in ("", "mmm_export") else _failure(str(missing_packages([name])), 1)
@@ -111,6 +119,14 @@ def _bug(error: Exception) -> int:
         f"hint: run it again as {PROGRAM} --verbose ... and report what it prints",
         1,
     )
+
+
+def _open_missing_streams() -> None:
+    """Give a program that was started with closed streams empty ones: Python has None in their place."""
+    if sys.stdin is None:
+        sys.stdin = Path(os.devnull).open()  # noqa: SIM115 - open as long as the program runs
+    if sys.stdout is None:
+        sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115
 
 
 def _forget_stdout() -> None:

@@ -107,7 +107,7 @@ def output_file(target: Path) -> Iterator[Path]:
                     _flush(target.parent)
         finally:
             with _signals_deferred():
-                with suppress(FileNotFoundError):
+                with suppress(OSError):  # it may never have come to be: the error that tells why must not be hidden
                     temporary.unlink()
                 if lock >= 0:
                     os.close(lock)

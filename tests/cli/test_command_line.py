@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
+import subprocess
+import sys
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
@@ -158,3 +161,18 @@ def test_export_commands_ask_for_missing_packages_before_they_begin(
     arguments = {"onnx": ["onnx", "empty", "-o", "out"], "verify": ["verify", "empty", "--checkpoint", "empty"]}
     assert run(cli, arguments[command]) == 1
     assert "this command needs torch, onnx" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("redirection", [">&-", "<&-", "<&- >&-"])
+def test_closed_streams_are_no_defect(redirection: str) -> None:
+    command = f"{shlex.quote(sys.executable)} -m mmm_export --help {redirection}"
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_full_disk_behind_stdout_is_told_as_such() -> None:
+    command = f"{shlex.quote(sys.executable)} -m mmm_export --help > /dev/full"
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: the disk is full\n")
+    assert "defect" not in done.stderr

@@ -213,7 +213,15 @@ def test_nan_in_the_weights_is_refused_by_name(make_checkpoint, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"dtype": "int8"}, {"body": "fast"}, {"logits": "first"}, {"max_tokens": 0}, {"rope_scaling": "ntk"}]
+    "wrong",
+    [
+        {"dtype": "int8"},
+        {"body": "fast"},
+        {"logits": "first"},
+        {"max_tokens": 0},
+        {"max_tokens": 1 << 31},
+        {"rope_scaling": "ntk"},
+    ],
 )
 def test_unknown_option_values_are_refused(wrong):
     with pytest.raises(OptionError):

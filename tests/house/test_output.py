@@ -337,3 +337,13 @@ def test_a_handler_that_python_did_not_install_stays(tmp_path: Path, monkeypatch
         real(signal.SIGTERM, before)
     assert listing(tmp_path) == ["bundle"]
     assert signal.SIGTERM not in changed
+
+
+def test_a_read_only_disk_is_told_as_such(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_args: object, **_options: object) -> int:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(os, "open", refuse)
+    monkeypatch.setattr(Path, "unlink", refuse)
+    with pytest.raises(OutputError, match="cannot be written"), output_file(tmp_path / "file"):
+        pass

@@ -327,3 +327,9 @@ def test_an_unsupported_number_format_is_named_with_its_tensor(tmp_path: Path, n
     assert tensors.FINAL_NORM in error.what
     assert error.found in ("F64", "I8")
     assert error.wanted == "F32, F16, BF16"
+
+
+def test_attention_with_an_odd_head_dim_is_refused(refused: Any) -> None:
+    error = refused(tiny_spec(kinds=("mha", "mamba2"), head_dim=7))
+    assert error.found == "head_dim 7"
+    assert "even" in error.wanted

@@ -8,12 +8,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from mmm_export import names
-from mmm_export.errors import BundleError, OptionError
+from mmm_export.errors import BundleError, OptionError, PromptError
 from mmm_export.manifest import read_manifest, write_manifest
+from mmm_export.model.testing import tiny_spec
 from mmm_export.runtime import Session
+from mmm_export.runtime.token_input import pixels_from_input
 
 
 @pytest.fixture
@@ -50,3 +53,11 @@ def test_graph_whose_weights_are_not_listed_is_refused(copy: Path, file: str) ->
     change_manifest(copy, files=files)
     with pytest.raises(BundleError, match=f"lists no {weights}"):
         Session.open(copy)
+
+
+def test_not_a_number_in_the_pixels_is_refused() -> None:
+    spec = tiny_spec()
+    pixels = np.zeros((1, 3, spec.vision.tile_size, spec.vision.tile_size), np.float32)
+    pixels[0, 0, 0, 0] = np.nan
+    with pytest.raises(PromptError, match="damaged"):
+        pixels_from_input(pixels, spec)

@@ -176,6 +176,8 @@ def test_every_truncation_is_refused(tmp_path: Path) -> None:
     for size in [*range(40), 500, 2000, len(data) // 2, len(data) - 1]:
         path.write_bytes(data[:size])
         refused(session, backend, path)
+        with pytest.raises(StateFileError):
+            read_state_header(path)
     path.write_bytes(data + b"\0")
     refused(session, backend, path)
 

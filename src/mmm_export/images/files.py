@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import warnings
 from pathlib import Path
 from typing import BinaryIO, TypeAlias
@@ -79,7 +80,8 @@ def _decoded(stream: BinaryIO, name: str) -> Image.Image:
         stream.seek(0)
         image = _opened(stream, start)
     except Image.DecompressionBombError as error:
-        raise _too_large(name, str(error)) from error
+        pixels = re.search(r"\d+", str(error))  # Pillow says how many, and then talks of its own limit
+        raise _too_large(name, f"{pixels[0]} pixels" if pixels else "a picture of another order") from error
     except Exception as error:  # a damaged header ends in any of a dozen exception types
         raise ImageError(
             f"{name} is no image that can be read",
