@@ -12,6 +12,7 @@ import click
 from mmm_export import __version__
 from mmm_export.command_line import PROGRAM, FlowGroup, run
 from mmm_export.packages import require
+from mmm_export.spec import MOST_TOKENS
 
 PATH: Any = click.Path(path_type=Path)
 
@@ -50,7 +51,7 @@ def cli(ctx: click.Context, verbose: bool) -> None:
 )
 @click.option(
     "--max-tokens",
-    type=click.IntRange(min=1, max=1 << 20),
+    type=click.IntRange(min=1, max=MOST_TOKENS),
     default=4096,
     metavar="TOKENS",
     help="KV cache capacity of a model with attention layers; each step costs time by it. A linear model has none and no limit.",

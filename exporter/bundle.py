@@ -43,10 +43,9 @@ from mmm_export.model.tensors import required_shapes
 from mmm_export.model.weights import model_skeleton, parameter
 from mmm_export.output import output_folder
 from mmm_export.progress import Progress, SilentProgress
-from mmm_export.spec import ModelSpec
+from mmm_export.spec import MOST_TOKENS, ModelSpec
 
 IR_VERSION = 10
-MOST_TOKENS = 1 << 20  # a KV cache of so many tokens takes 32 GB and more at full size
 STANDARD_OPS_OPSET = 27
 STANDARD_OPS_ENVIRONMENT = {"ALLOW_RELEASED_ONNX_OPSET_ONLY": "0"}
 

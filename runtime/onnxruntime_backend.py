@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from mmm_export import names
 from mmm_export.errors import MmmError
 from mmm_export.manifest import Manifest
 from mmm_export.runtime.backend import Array
-from mmm_export.runtime.graph_loading import check_requirements, first_line, open_graph, providers_from_names
+from mmm_export.runtime.graph_loading import first_line, open_graph
 from mmm_export.runtime.state_layout import GRAPH_DTYPE, STORAGE, state_layout
 from mmm_export.runtime.state_pool import StatePool
 
@@ -30,24 +30,18 @@ class OnnxRuntimeBackend:
 
     Args:
         folder: the bundle; its files were checked.
-        manifest: of that folder.
-        providers: execution providers in order of preference; None for the CPU.
+        manifest: of that folder; `check_requirements` has passed it.
+        providers: full names of the execution providers, in order of preference, see `providers_from_names`.
         threads: to compute with; None for one a core.
 
     Raises:
         BundleError: a graph cannot be run here or is not what the manifest says.
-        OptionError: an unknown provider.
 
     """
 
-    def __init__(
-        self, folder: Path, manifest: Manifest, *, providers: Sequence[str] | None = None, threads: int | None = None
-    ) -> None:
-        chosen = providers_from_names(providers)
-        check_requirements(folder, manifest, chosen)
-
+    def __init__(self, folder: Path, manifest: Manifest, *, providers: list[str], threads: int | None = None) -> None:
         def session(file: str, threads: int | None) -> onnxruntime.InferenceSession:
-            return open_graph(folder, file, manifest, providers=chosen, threads=threads)
+            return open_graph(folder, file, manifest, providers=providers, threads=threads)
 
         self._embedding = session(names.EMBEDDING_FILE, 1)  # a look-up of rows has nothing to share among threads
         self._vision = session(names.VISION_FILE, threads)

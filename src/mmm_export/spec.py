@@ -9,6 +9,7 @@ from typing import Any, Literal, cast
 LayerKind = Literal["mamba2", "mha"]
 LAYER_KINDS: tuple[LayerKind, ...] = ("mamba2", "mha")
 
+MOST_TOKENS = 1 << 20  # largest KV cache capacity that can be exported: at full size it takes 32 GB and more
 GATE_NORM_EPS = 1e-5  # hard coded in the released model, never in config.json
 
 

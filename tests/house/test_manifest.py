@@ -20,39 +20,10 @@ from mmm_export.manifest import (
     read_manifest,
     write_manifest,
 )
-from mmm_export.spec import ModelSpec, RopeSpec, StackSpec, VisionSpec
+from mmm_export.model.testing import tiny_spec
 
-STACK = StackSpec(kinds=("mamba2", "mha"), norm_eps=1e-5, rope=RopeSpec())
-VISION = VisionSpec(
-    tile_size=56,
-    patch_size=14,
-    position_grid=4,
-    shuffle=2,
-    projected=True,
-    dynamic_tiles=True,
-    use_thumbnail=True,
-    min_tiles=1,
-    max_tiles=6,
-    pad_to_square=False,
-)
-MODEL = ModelSpec(
-    hidden_size=64,
-    heads=4,
-    kv_heads=2,
-    head_dim=16,
-    intermediate_size=128,
-    vocab_size=512,
-    special_tokens=0,
-    conv_width=2,
-    embedding=STACK,
-    llm=STACK,
-    vision=VISION,
-    image_token_id=505,
-    normalize_embedding=False,
-    template="internlm2-chat",
-)
 MANIFEST = Manifest(
-    model=MODEL,
+    model=tiny_spec(kinds=("mamba2", "mha", "mamba2", "mha"), embedding_layers=2),
     source="toy",
     source_sha256="0" * 64,
     dtype="fp32",
