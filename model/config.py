@@ -106,7 +106,10 @@ def read_json_object(path: Path) -> dict[str, Any]:
         ) from error
     except (ValueError, RecursionError) as error:
         raise CheckpointError(
-            f"{path} is not JSON", found=f"{type(error).__name__}: {error}", wanted="one JSON object"
+            f"{path} is not JSON",
+            found=f"{type(error).__name__}: {error}",
+            wanted="one JSON object",
+            hint="copy or download the file again",
         ) from error
     if not isinstance(data, dict):
         raise CheckpointError(f"{path} is not a JSON object", found=type(data).__name__, wanted="an object { ... }")

@@ -128,6 +128,7 @@ def _known(section: Section, findings: list[str], count: int) -> list[LayerKind 
                 f"{section.where(LABELS)} has an unknown layer kind",
                 found=f"{label!r:.60} for layer {i}",
                 wanted=" or ".join(LAYER_KINDS),
+                hint="correct it, or remove layers_block_type: the tensors tell the kinds too",
             )
     if len(labels) != count:
         findings.append(f"{section.where(LABELS)} has {len(labels)} entries for {count} layers and is ignored")

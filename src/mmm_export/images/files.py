@@ -87,6 +87,7 @@ def _decoded(stream: BinaryIO, name: str) -> Image.Image:
             f"{name} is no image that can be read",
             found=f"a file that starts with {start!r}" if start else "an empty file",
             wanted="PNG, JPEG, WebP, GIF, BMP, TIFF or another common image format",
+            hint="check the path, or convert the picture to PNG",
         ) from error
     with image:
         _shrink(image)
