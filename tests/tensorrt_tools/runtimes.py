@@ -1,0 +1,89 @@
+"""NVIDIA's TensorRT libraries that run without a GPU, as far as these tests need: parsing, building, registering.
+
+Run this file to fetch them (340 MB) into build/tensorrt/<name>. They are no dependencies of the project: two of them hold modules
+of one name, so each has a folder of its own, and a test gives one of them to a Python of its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+PACKAGES: dict[str, tuple[str, ...]] = {
+    "headers": ("kernel-lens==2.0.1",),  # carries TensorRT 10.14's own headers
+    "lean-10": ("tensorrt-lean-cu12-libs==10.16.1.11", "tensorrt-lean-cu12-bindings==10.16.1.11"),
+    "lean-11": ("tensorrt-lean-cu12-libs==11.4.0.106", "tensorrt-lean-cu12-bindings==11.4.0.106"),
+    "rtx": ("tensorrt-rtx-cu13-libs==1.7.1.116", "tensorrt-rtx-cu13-bindings==1.7.1.116"),
+}
+ROOT_VARIABLE = "MMM_TENSORRT_RUNTIMES"
+ROOT = Path(os.environ.get(ROOT_VARIABLE) or Path(__file__).parents[2] / "build" / "tensorrt")
+_INSTALLED = "installed.txt"  # written last, so that an interrupted fetch is none
+
+
+def runtime_folder(name: str) -> Path | None:
+    """Return the folder to put on PYTHONPATH, or None when it was not fetched, or in another version."""
+    note = ROOT / name / _INSTALLED
+    return note.parent if note.is_file() and note.read_text().split() == list(PACKAGES[name]) else None
+
+
+def require_runtime(name: str) -> Path:
+    """Return the folder of a runtime, or skip with the command that fetches it."""
+    import pytest
+
+    folder = runtime_folder(name)
+    if folder is None:
+        pytest.skip(f"{' '.join(PACKAGES[name])} not fetched: python tests/tensorrt_tools/runtimes.py")
+    return folder
+
+
+def header_folder() -> Path | None:
+    folder = runtime_folder("headers")
+    return None if folder is None else folder / "kernel_lens" / "include" / "tensorrt"
+
+
+def run_with_runtime(
+    name: str, script: Path, *arguments: str, library_path: Path | None = None, timeout_s: int = 600
+) -> subprocess.CompletedProcess[str]:
+    """Run a Python script that imports the runtime, in a process of its own: a fault in native code must fail one test only."""
+    environment = dict(os.environ)
+    folders = [str(require_runtime(name)), *environment.get("PYTHONPATH", "").split(os.pathsep)]
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, folders))
+    if library_path is not None:
+        environment["LD_LIBRARY_PATH"] = str(library_path)
+    return subprocess.run(
+        [sys.executable, str(script), *arguments], env=environment, capture_output=True, text=True, timeout=timeout_s
+    )
+
+
+@functools.cache
+def rtx_soname_folder() -> Path:
+    """Return a folder with libtensorrt_rtx.so, the name under which the ONNX parser looks for the library.
+
+    The wheel holds libtensorrt_rtx.so.1 alone; without the other name the parser ends the process at the first plugin node.
+    """
+    libraries = require_runtime("rtx") / "tensorrt_rtx_libs"
+    folder = libraries.parent / "soname"
+    folder.mkdir(exist_ok=True)
+    link = folder / "libtensorrt_rtx.so"
+    if not link.is_symlink():
+        with contextlib.suppress(FileExistsError):  # another test process was first
+            link.symlink_to(libraries / "libtensorrt_rtx.so.1")
+    return folder
+
+
+def fetch(name: str) -> None:
+    """Install the packages of `name` into a folder of its own, without what they depend on."""
+    folder = ROOT / name
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "--quiet", "--upgrade"]
+    subprocess.run([*pip, "--no-deps", "--only-binary=:all:", "--target", str(folder), *PACKAGES[name]], check=True)
+    (folder / _INSTALLED).write_text("\n".join(PACKAGES[name]) + "\n")
+
+
+if __name__ == "__main__":
+    for each in PACKAGES:
+        if runtime_folder(each) is None:
+            fetch(each)
