@@ -21,6 +21,7 @@ from mmm_export.exporter.widen import widen_bf16
 from mmm_export.manifest import Manifest
 from mmm_export.model.decoder import MmMamba, States
 from mmm_export.model.layers import LayerState, MambaState
+from mmm_export.operator_library import register_library
 from mmm_export.spec import ModelSpec
 
 Array = npt.NDArray[Any]
@@ -95,13 +96,14 @@ def greedy(logits: Array, spec: ModelSpec) -> int:
 class BundleRecorder:
     """Runs a bundle in ONNX Runtime on the CPU with every layer's output exposed."""
 
-    def __init__(self, folder: Path, manifest: Manifest) -> None:
+    def __init__(self, folder: Path, manifest: Manifest, library: Path | None = None) -> None:
+        """Open the graphs; with a `library` of ours, it computes the scan instead of the function body."""
         self.manifest = manifest
         self.spec = manifest.model
         extra = [layer_output(i) for i in range(self.spec.layers)]
         self.vision = _session(folder, names.VISION_FILE, manifest)
         self.embedding = _session(folder, names.EMBEDDING_FILE, manifest)
-        self.decoder = _session(folder, names.DECODER_FILE, manifest, extra)
+        self.decoder = _session(folder, names.DECODER_FILE, manifest, extra, library)
 
     def record(self, example: Example, *, forced: Sequence[int] = (), split: int | None = None) -> Recording:
         """Run prefill and steps over `forced` tokens; with `split`, prefill that many tokens and step over the rest of the example."""
@@ -170,7 +172,9 @@ class BundleRecorder:
 _NUMPY_TYPES: dict[str, Any] = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
 
-def _session(folder: Path, name: str, manifest: Manifest, outputs: Sequence[str] = ()) -> onnxruntime.InferenceSession:
+def _session(
+    folder: Path, name: str, manifest: Manifest, outputs: Sequence[str] = (), library: Path | None = None
+) -> onnxruntime.InferenceSession:
     """Load one graph of a bundle, with more of its values as outputs. The weights stay where they are."""
     model = onnx.load(folder / name, load_external_data=False)
     known = {value.name: value for value in model.graph.value_info}
@@ -181,6 +185,8 @@ def _session(folder: Path, name: str, manifest: Manifest, outputs: Sequence[str]
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
+    if library is not None:
+        register_library(options, library)
     try:
         with environment(manifest.environment):
             return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])

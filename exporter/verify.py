@@ -26,6 +26,7 @@ from mmm_export.model import scan
 from mmm_export.model.checkpoint import Checkpoint
 from mmm_export.model.weights import load_model
 from mmm_export.names import TOKENIZER_MODEL_FILE
+from mmm_export.operator_library import CPU_PROVIDER, choose_library
 from mmm_export.progress import Progress, SilentProgress
 from mmm_export.spec import ModelSpec
 from mmm_export.text import Tokenizer, chat_prompt
@@ -46,6 +47,7 @@ class VerifyOptions:
         new_tokens: greedy tokens to compare after the prompt.
         split_tokens: how many of the prompt's last tokens are fed one by one in the prefill-then-step check.
         float64: also run a float64 reference and hold both sides against it.
+        kernels: what computes the scan in ONNX Runtime: "auto", "none" or a library, see `choose_library`.
     """
 
     prompt: str | None = None
@@ -53,6 +55,7 @@ class VerifyOptions:
     new_tokens: int = 8
     split_tokens: int = 5
     float64: bool = True
+    kernels: str | Path = "auto"
 
     def __post_init__(self) -> None:
         for name, value, least in (("new_tokens", self.new_tokens, 0), ("split_tokens", self.split_tokens, 1)):
@@ -107,6 +110,7 @@ def verify_bundle(
     Raises:
         BundleError: the bundle is damaged or was made from another checkpoint.
         CheckpointError, PromptError, ImageError: the inputs cannot be used.
+        OptionError, KernelError: there is no such kernel library, or ONNX Runtime cannot use it.
     """
     options = options or VerifyOptions()
     progress = progress or SilentProgress()
@@ -130,7 +134,8 @@ def verify_bundle(
     with progress.stage("run PyTorch"):
         wanted, forced = record_torch(load_model(source), example, new_tokens=options.new_tokens)
     with progress.stage("load ONNX Runtime"):
-        recorder = BundleRecorder(folder, manifest)
+        library = choose_library(options.kernels, manifest, [CPU_PROVIDER])
+        recorder = BundleRecorder(folder, manifest, library)
     with progress.stage("run ONNX Runtime"):
         found = recorder.record(example, forced=forced)
         split = max(1, len(example.input_ids) - options.split_tokens)
@@ -151,7 +156,7 @@ def verify_bundle(
         int((example.input_ids == manifest.model.image_token_id).sum()),
         tuple(rows),
         check_tokens(found, wanted, forced, manifest),
-        (*stand_ins, *_notes(manifest)),
+        (*stand_ins, *_notes(manifest, library)),
     )
 
 
@@ -248,7 +253,10 @@ def check_tokens(found: Recording, wanted: Recording, forced: Sequence[int], man
     return TokenCheck(tuple(forced), tuple(chosen), None, False)
 
 
-def _notes(manifest: Manifest) -> tuple[str, ...]:
-    if manifest.dtype != "bf16":
-        return ()
-    return ("ONNX Runtime has no bfloat16 arithmetic on a CPU: the bfloat16 weights were run in float32 here.",)
+def _notes(manifest: Manifest, library: Path | None) -> tuple[str, ...]:
+    notes = []
+    if library is not None:
+        notes.append(f"The scan was computed by {library}, not by the function body in the graph.")
+    if manifest.dtype == "bf16":
+        notes.append("ONNX Runtime has no bfloat16 arithmetic on a CPU: the bfloat16 weights were run in float32 here.")
+    return tuple(notes)

@@ -13,9 +13,9 @@ from mmm_export.environment import environment
 from mmm_export.errors import BundleError, OptionError
 from mmm_export.manifest import Manifest, TensorInfo
 from mmm_export.onnxruntime_support import LINEAR_ATTENTION_SINCE, has_linear_attention
+from mmm_export.operator_library import CPU_PROVIDER, register_library
 from mmm_export.runtime.state_layout import state_layout
 
-CPU_PROVIDER = "CPUExecutionProvider"
 _SUFFIX = "ExecutionProvider"
 
 ONNX_TYPES = {
@@ -59,8 +59,16 @@ def providers_from_names(wanted: Sequence[str] | None) -> list[str]:
     return providers
 
 
-def check_requirements(folder: Path, manifest: Manifest, providers: list[str]) -> None:
-    """Refuse a bundle that this machine cannot run or whose manifest contradicts itself. Raises BundleError."""
+def check_requirements(folder: Path, manifest: Manifest, providers: list[str], library: Path | None = None) -> None:
+    """Refuse a bundle that this machine cannot run or whose manifest contradicts itself. Raises BundleError.
+
+    Args:
+        folder: the bundle.
+        manifest: of that folder.
+        providers: full names, in order of preference.
+        library: that computes the scan in place of the function body, if one does.
+
+    """
     if manifest.dtype == "bf16" and providers[0] == CPU_PROVIDER:
         raise BundleError(
             f"{folder} holds a bf16 model, which ONNX Runtime cannot compute on a CPU",
@@ -68,7 +76,7 @@ def check_requirements(folder: Path, manifest: Manifest, providers: list[str]) -
             wanted="fp32 or fp16 for a CPU",
             hint="export it again: mmm-export onnx CHECKPOINT -o BUNDLE --dtype fp32",
         )
-    if manifest.body == "linear-attention" and not has_linear_attention():
+    if manifest.body == "linear-attention" and library is None and not has_linear_attention():
         raise BundleError(
             f"{folder} needs a newer ONNX Runtime",
             found=f"onnxruntime {onnxruntime.__version__}, which has no LinearAttention",
@@ -97,7 +105,13 @@ def check_requirements(folder: Path, manifest: Manifest, providers: list[str]) -
 
 
 def open_graph(
-    folder: Path, file: str, manifest: Manifest, *, providers: list[str], threads: int | None
+    folder: Path,
+    file: str,
+    manifest: Manifest,
+    *,
+    providers: list[str],
+    threads: int | None,
+    library: Path | None = None,
 ) -> onnxruntime.InferenceSession:
     """Open one graph and compare its inputs and outputs with the manifest.
 
@@ -107,9 +121,11 @@ def open_graph(
         manifest: the bundle's; `check_requirements` has passed it.
         providers: full names, in order of preference.
         threads: to compute with; None for one a core.
+        library: that computes the scan in place of the function body, see `choose_library`.
 
     Raises:
         BundleError: ONNX Runtime refuses it, or its inputs or outputs are others.
+        KernelError: the library cannot be used.
 
     """
     options = onnxruntime.SessionOptions()
@@ -123,6 +139,8 @@ def open_graph(
     if file != names.DECODER_FILE:
         # Threads that spin after an image or a look-up would take the cores from the decoder.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    elif library is not None:
+        register_library(options, library)
     path = folder / file
     try:
         with environment(manifest.environment):

@@ -33,15 +33,25 @@ class OnnxRuntimeBackend:
         manifest: of that folder; `check_requirements` has passed it.
         providers: full names of the execution providers, in order of preference, see `providers_from_names`.
         threads: to compute with; None for one a core.
+        library: that computes the scan in place of the function body, see `choose_library`.
 
     Raises:
         BundleError: a graph cannot be run here or is not what the manifest says.
+        KernelError: the library cannot be used.
 
     """
 
-    def __init__(self, folder: Path, manifest: Manifest, *, providers: list[str], threads: int | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        manifest: Manifest,
+        *,
+        providers: list[str],
+        threads: int | None = None,
+        library: Path | None = None,
+    ) -> None:
         def session(file: str, threads: int | None) -> onnxruntime.InferenceSession:
-            return open_graph(folder, file, manifest, providers=providers, threads=threads)
+            return open_graph(folder, file, manifest, providers=providers, threads=threads, library=library)
 
         self._embedding = session(names.EMBEDDING_FILE, 1)  # a look-up of rows has nothing to share among threads
         self._vision = session(names.VISION_FILE, threads)

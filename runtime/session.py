@@ -46,11 +46,18 @@ class Session:
     """
 
     def __init__(
-        self, folder: Path, manifest: Manifest, backend: Backend, *, chunk_tokens: int = DEFAULT_CHUNK_TOKENS
+        self,
+        folder: Path,
+        manifest: Manifest,
+        backend: Backend,
+        *,
+        chunk_tokens: int = DEFAULT_CHUNK_TOKENS,
+        kernels: Path | None = None,
     ) -> None:
         """Put a session on top of a backend; most callers want `Session.open`."""
         self._manifest = manifest
         self._folder = folder
+        self._kernels = kernels
         self._backend: Backend | None = backend
         self._tokenizer: Tokenizer | None = None
         capacity = manifest.max_tokens if manifest.model.attention_layers else None
@@ -64,6 +71,7 @@ class Session:
         providers: Sequence[str] | None = None,
         chunk_tokens: int = DEFAULT_CHUNK_TOKENS,
         threads: int | None = None,
+        kernels: str | Path = "auto",
         check_content: bool = True,
     ) -> Session:
         """Open a bundle with ONNX Runtime.
@@ -73,11 +81,14 @@ class Session:
             providers: execution providers in order of preference, such as "cuda"; None for the CPU.
             chunk_tokens: a prompt is read in chunks of so many tokens; memory grows with it and not with the prompt.
             threads: to compute with; None for one a core.
+            kernels: what computes the scan of linear layers. "auto": the library of `mmm-export plugins build` when there is one
+                that fits, else the function body in the graph; "none": the body; or the path of a libmmm_onnxruntime.so.
             check_content: compare the SHA-256 of every file with the manifest, some seconds for gigabytes.
 
         Raises:
             BundleError: no bundle, damaged, of another version, or nothing that this machine can run.
-            OptionError: a value that is not allowed, or a provider that ONNX Runtime does not have.
+            OptionError: a value that is not allowed, a provider that ONNX Runtime does not have, or no such library.
+            KernelError: the kernel library cannot be used.
 
         """
         for name, value in (("chunk_tokens", chunk_tokens), ("threads", threads)):
@@ -86,21 +97,28 @@ class Session:
         if isinstance(providers, str):
             providers = [providers]  # one name is that name, and not its letters
         # Imported here: a state file can be inspected where ONNX Runtime is not installed.
+        from mmm_export.operator_library import choose_library
         from mmm_export.runtime.graph_loading import check_requirements, providers_from_names
         from mmm_export.runtime.onnxruntime_backend import OnnxRuntimeBackend
 
         folder = Path(path)
         manifest = read_manifest(folder)
         chosen = providers_from_names(providers)
-        check_requirements(folder, manifest, chosen)
+        library = choose_library(kernels, manifest, chosen)
+        check_requirements(folder, manifest, chosen, library)
         check_files(folder, manifest, content=check_content)  # last: it reads gigabytes
-        backend = OnnxRuntimeBackend(folder, manifest, providers=chosen, threads=threads)
-        return cls(folder, manifest, backend, chunk_tokens=chunk_tokens)
+        backend = OnnxRuntimeBackend(folder, manifest, providers=chosen, threads=threads, library=library)
+        return cls(folder, manifest, backend, chunk_tokens=chunk_tokens, kernels=library)
 
     @property
     def manifest(self) -> Manifest:
         """What the bundle is."""
         return self._manifest
+
+    @property
+    def kernels(self) -> Path | None:
+        """The library that computes the scan; None when the function body in the graph does."""
+        return self._kernels
 
     @property
     def tokens(self) -> int:

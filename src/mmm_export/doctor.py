@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from mmm_export import __version__
+from mmm_export.plugin_files import find_library
 
 COMMAND_TIMEOUT_S = 10  # nvidia-smi hangs on some broken drivers
 
@@ -43,6 +44,7 @@ def examine() -> list[Finding]:
         Finding("Python", f"{platform.python_version()} ({sys.executable})", "everything; 3.10 to 3.13"),
         Finding("platform", _platform(), "everything; Linux"),
         Finding("onnxruntime", _onnxruntime(), "run, verify", "pip install onnxruntime"),
+        Finding("operator library", _operator_library(), "run: a faster scan", "mmm-export plugins build"),
         *(_package(*row) for row in _PACKAGES),
         Finding("NVIDIA driver", _gpus(), "run on a GPU", "install the driver of the GPU; a CPU needs none"),
         Finding("nvcc", _nvcc(), "compiling GPU kernels (planned)", "install the CUDA toolkit"),
@@ -109,6 +111,11 @@ def _onnxruntime() -> str | None:
         return None
     providers = ", ".join(str(name).removesuffix("ExecutionProvider") for name in onnxruntime.get_available_providers())
     return f"{onnxruntime.__version__} (providers: {providers})"
+
+
+def _operator_library() -> str | None:
+    library = find_library("onnxruntime")
+    return None if library is None else str(library)
 
 
 def _gpus() -> str | None:

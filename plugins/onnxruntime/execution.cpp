@@ -1,0 +1,91 @@
+#include "onnxruntime/execution.h"
+
+#include "abi/backend.h"
+#include "abi/check.h"
+#include "cpu/reference.h"
+
+namespace mmm::ort {
+namespace {
+
+OrtErrorCode code_of(int32_t code) {
+  switch (code) {
+    case MMM_INVALID_ARGUMENT: return ORT_INVALID_ARGUMENT;
+    case MMM_UNSUPPORTED: return ORT_NOT_IMPLEMENTED;
+    default: return ORT_FAIL;
+  }
+}
+
+// As mmm_selective_scan does it, but with the heads spread over ONNX Runtime's threads.
+void run_on_cpu(const OrtApi& api, OrtKernelContext* context, const mmm_scan_args& args) {
+  mmm_status status{};
+  check_status(api, check_shape(args.shape, status), status);
+  check_status(api, check_arguments(args, 0, status), status);
+  const auto run_head = [](void* data, size_t i) {
+    const mmm_scan_args& shared = *static_cast<const mmm_scan_args*>(data);
+    const size_t heads = static_cast<size_t>(shared.shape.heads);
+    scan_head_cpu(shared, static_cast<int64_t>(i / heads), static_cast<int64_t>(i % heads));
+  };
+  const size_t heads = static_cast<size_t>(args.shape.batch) * static_cast<size_t>(args.shape.heads);
+  constexpr size_t kAsManyAsThreads = 0;
+  check(api.KernelContext_ParallelFor(context, run_head, heads, kAsManyAsThreads,
+                                      const_cast<mmm_scan_args*>(&args)));
+}
+
+// Memory of the execution provider. Giving it back at once is safe, since all who get it next run later on
+// the same stream; and its arena keeps it, so that only the largest call so far asks the device for memory,
+// and none does while a CUDA graph is captured.
+class Workspace {
+ public:
+  Workspace(const OrtApi& api, const OrtKernelContext* context, const OrtValue* input, uint64_t bytes)
+      : api_(api) {
+    const OrtMemoryInfo* place = nullptr;
+    check(api.GetTensorMemoryInfo(input, &place));
+    check(api.KernelContext_GetAllocator(context, place, &allocator_));
+    if (OrtStatus* status = api.AllocatorAlloc(allocator_, static_cast<size_t>(bytes), &data_)) {
+      api.ReleaseAllocator(allocator_);
+      throw Failure{status};
+    }
+  }
+  Workspace(const Workspace&) = delete;
+  Workspace& operator=(const Workspace&) = delete;
+  ~Workspace() {
+    if (OrtStatus* status = api_.AllocatorFree(allocator_, data_)) api_.ReleaseStatus(status);
+    api_.ReleaseAllocator(allocator_);
+  }
+
+  void* data() const { return data_; }
+
+ private:
+  const OrtApi& api_;
+  OrtAllocator* allocator_ = nullptr;
+  void* data_ = nullptr;
+};
+
+void run_on_cuda(const OrtApi& api, OrtKernelContext* context, const OrtValue* input, mmm_scan_args& args) {
+  mmm_status status{};
+  check(api.KernelContext_GetGPUComputeStream(context, &args.stream));
+  check_status(api, mmm_selective_scan_workspace(&args.shape, &args.workspace_bytes, &status), status);
+  if (args.workspace_bytes == 0) {
+    check_status(api, mmm_selective_scan(&args, &status), status);
+    return;
+  }
+  const Workspace workspace(api, context, input, args.workspace_bytes);
+  args.workspace = workspace.data();
+  check_status(api, mmm_selective_scan(&args, &status), status);
+}
+
+}  // namespace
+
+void check_status(const OrtApi& api, int32_t code, const mmm_status& status) {
+  if (code != MMM_OK) fail(api, code_of(code), status.text);
+}
+
+void run_scan(const OrtApi& api, OrtKernelContext* context, const OrtValue* input, mmm_scan_args& args) {
+  if (args.shape.device == MMM_CUDA) {
+    run_on_cuda(api, context, input, args);
+  } else {
+    run_on_cpu(api, context, args);
+  }
+}
+
+}  // namespace mmm::ort
