@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import click
 
@@ -15,6 +16,19 @@ from mmm_export.packages import require
 from mmm_export.spec import MOST_TOKENS
 
 PATH: Any = click.Path(path_type=Path)
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+def kernels_option(command: Command) -> Command:
+    """Give a command the option --kernels."""
+    return click.option(
+        "--kernels",
+        default="auto",
+        metavar="auto|none|FILE",
+        help="What computes the scan: the library that `mmm-export plugins build` made, if it did; the function in the "
+        "bundle; or this library.",
+    )(command)
+
 
 EPILOG = f"""\b
 The flow, from a checkpoint to text:
@@ -121,6 +135,7 @@ def onnx(checkpoint: Path, output: Path, force: bool, **options: Any) -> None:
     metavar="TOKENS",
     help="Greedy tokens to compare after the prompt.",
 )
+@kernels_option
 @click.option("--report", type=PATH, metavar="FILE", help="Also write the report as one HTML file, with plots.")
 def verify(bundle: Path, checkpoint: Path, prompt: str | None, images: tuple[Path, ...], **rest: Any) -> int:
     """Compare a BUNDLE with the PyTorch model of its checkpoint, layer by layer.
@@ -139,7 +154,7 @@ def verify(bundle: Path, checkpoint: Path, prompt: str | None, images: tuple[Pat
     from mmm_export.output import output_file
     from mmm_export.progress import console_progress
 
-    options = VerifyOptions(prompt=prompt, images=images, new_tokens=rest["new_tokens"])
+    options = VerifyOptions(prompt=prompt, images=images, new_tokens=rest["new_tokens"], kernels=rest["kernels"])
     report = verify_bundle(bundle, checkpoint, options, progress=console_progress())
     click.echo(rendering.verification(COLUMNS, table_rows(report), verdict_lines(report)))
     if rest["report"]:  # after the table, which took minutes and is worth having even when the disk is full
@@ -186,6 +201,7 @@ def verify(bundle: Path, checkpoint: Path, prompt: str | None, images: tuple[Pat
     show_default="cpu",
     help="ONNX Runtime provider, such as cuda; repeatable.",
 )
+@kernels_option
 @click.option("--load-state", type=PATH, metavar="FILE", help="Continue a saved conversation.")
 @click.option("--save-state", type=PATH, metavar="FILE", help="Save the conversation at the end.")
 @click.option("--no-check", is_flag=True, help="Skip comparing the files with their hashes: starts faster.")
@@ -214,6 +230,7 @@ def run_bundle(bundle: Path, prompt: str | None, interactive: bool, **rest: Any)
         chunk_tokens=rest["chunk_tokens"],
         threads=rest["threads"],
         check_content=not rest["no_check"],
+        kernels=rest["kernels"],
     ) as session:
         if rest["load_state"]:
             session.load_state(rest["load_state"])
@@ -260,6 +277,52 @@ def doctor(as_json: bool) -> None:
 
     found = examine()
     click.echo(_json(to_json(found)) if as_json else rendering.findings(found))
+
+
+@cli.group()
+def plugins() -> None:
+    """Build the kernels and the libraries that carry them into TensorRT and ONNX Runtime.
+
+    \b
+    Example:
+      mmm-export plugins build
+    """
+
+
+@plugins.command(name="build")
+@click.option(
+    "--cuda-arch",
+    default="native",
+    metavar="ARCH,..",
+    help="GPU architectures: 87 or orin, 90 or hopper, ..; native asks the driver; none builds for the CPU alone.",
+)
+@click.option("--cross", type=click.Choice(["aarch64"]), help="Compile for a Jetson's processor on another machine.")
+@click.option("--out", type=PATH, metavar="DIR", show_default="the cache", help="Folder to write.")
+@click.option("--force", is_flag=True, help="Replace DIR if it holds a build already.")
+@click.option("--only", metavar="TARGET,..", help="kernels, tensorrt, onnxruntime, mini-host.")
+@click.option("--tensorrt-include", type=PATH, metavar="DIR", help="Folder of NvInfer.h.")
+@click.option("--onnxruntime-include", type=PATH, metavar="DIR", help="Folder of onnxruntime_c_api.h.")
+@click.option("--jobs", type=click.IntRange(min=1), metavar="N", show_default="all cores", help="Compilers at a time.")
+def build_libraries(cuda_arch: str, only: str | None, **rest: Any) -> None:
+    """Compile the kernels and their libraries for TensorRT and ONNX Runtime.
+
+    Needs cmake, a C++ compiler and, for a GPU, nvcc. A library whose headers are missing is left out with a note. The result
+    lies in a cache, where `run` and `verify` find it, or in DIR.
+
+    \b
+    Examples:
+      mmm-export plugins build
+      mmm-export plugins build --cuda-arch orin --cross aarch64 --out build/orin
+    """
+    from mmm_export import rendering
+    from mmm_export.plugins.architectures import parse_architectures
+    from mmm_export.plugins.build import BuildOptions, build_plugins, parse_targets
+    from mmm_export.progress import console_progress
+
+    options = BuildOptions(
+        architectures=parse_architectures(cuda_arch), only=parse_targets(only) if only is not None else None, **rest
+    )
+    click.echo(rendering.plugin_build(build_plugins(options, progress=console_progress())))
 
 
 @cli.command()

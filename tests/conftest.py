@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_library_of_this_user(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What a test computes must not depend on the libraries that a developer has built."""
+    before = os.environ.get("MMM_EXPORT_CACHE")
+    os.environ["MMM_EXPORT_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    yield
+    if before is None:
+        del os.environ["MMM_EXPORT_CACHE"]
+    else:
+        os.environ["MMM_EXPORT_CACHE"] = before
 
 
 @pytest.fixture(scope="session")

@@ -45,6 +45,14 @@ class BundleError(MmmError):
     """A bundle or engine folder is missing, damaged, of another version, or belongs to another model."""
 
 
+class KernelError(MmmError):
+    """A kernel library cannot be used, or refuses a call."""
+
+
+class BuildError(MmmError):
+    """Plugin libraries cannot be compiled: a tool, a header or a GPU is missing, or a compiler failed."""
+
+
 class StateFileError(MmmError):
     """A saved state is damaged or belongs to another model."""
 

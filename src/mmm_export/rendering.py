@@ -13,6 +13,7 @@ from mmm_export.inspection import state_bytes
 
 if TYPE_CHECKING:
     from mmm_export.manifest import Manifest
+    from mmm_export.plugins.build import BuildReport
     from mmm_export.runtime import GenerationStatistics
 
 WIDTH = 100
@@ -145,3 +146,17 @@ def answer_statistics(statistics: GenerationStatistics, finish_reason: str | Non
     if statistics.decode_tokens_per_s is not None:
         parts.append(f"{statistics.decode_tokens_per_s:.1f} tokens/s")
     return f"[{', '.join(parts)}; {ENDINGS.get(finish_reason or '', finish_reason or 'unfinished')}]"
+
+
+def plugin_build(report: BuildReport) -> str:
+    """What a build of the plugins made: files, what they run on, headers, and what was left out."""
+    build = report.build
+    gpus = ", ".join(f"sm_{number}" for number in build.architectures)
+    rows = [
+        ["for", f"{build.machine}, {f'CUDA {build.cuda}, {gpus}' if build.cuda else 'no GPU'}"],
+        *(["headers", f"{found.name} {found.version} ({printable(str(found.folder))})"] for found in report.headers),
+        *([name, size(count)] for name, count in sorted(report.file_bytes.items())),
+        *(["note", note] for note in report.notes),
+    ]
+    how = "found in the cache" if report.reused else f"built in {report.seconds:.0f} s"
+    return f"{printable(str(report.folder))}: {how}\n{table(rows, indent=2)}"

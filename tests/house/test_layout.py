@@ -13,9 +13,15 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "src" / "mmm_export"
-LINKS = {"cli.py": "../../cli.py", "exporter": "../../exporter", "model": "../../model", "runtime": "../../runtime"}
+LINKS = {
+    "cli.py": "../../cli.py",
+    "exporter": "../../exporter",
+    "model": "../../model",
+    "plugins": "../../plugins",
+    "runtime": "../../runtime",
+}
 TOP_LEVEL = {
-    *("benchmarks", "docs", "exporter", "model", "runtime", "src", "tests"),
+    *("benchmarks", "docs", "exporter", "model", "plugins", "runtime", "src", "tests"),
     *("cli.py", "pyproject.toml", "constraints.txt", "Makefile", "LICENSE"),
     *("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md"),
     *(".ci", ".gitignore", ".pre-commit-config.yaml"),
@@ -73,7 +79,7 @@ VIOLATIONS = {
 
 
 def copy_of_sources(folder: Path) -> Path:
-    for name in ("src", "exporter", "model", "runtime"):
+    for name in ("src", "exporter", "model", "plugins", "runtime"):
         shutil.copytree(ROOT / name, folder / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("cli.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, folder / name)
