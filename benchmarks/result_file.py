@@ -6,6 +6,7 @@ import datetime
 import json
 import platform
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -17,20 +18,21 @@ import mmm_export
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).resolve().parent / "results"
-PACKAGES = ("torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "numpy", "safetensors")
+PACKAGES = ("torch", "triton", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "numpy", "safetensors")
 
 
-def write_results(path: Path, what: str, rows: Sequence[dict[str, Any]]) -> None:
+def write_results(path: Path, what: str, rows: Sequence[dict[str, Any]], *, where: str | None = None) -> None:
     """Write one result file.
 
     Args:
         path: the file; its folder must exist.
         what: one sentence.
         rows: one row a measurement, units in the key names.
+        where: the device; this machine's processor unless given.
     """
     data = {
         "what": what,
-        "where": machine(),
+        "where": where or machine(),
         "date": datetime.date.today().isoformat(),
         "commit": commit(),
         "command": shlex.join(["python", *_relative(sys.argv)]),
@@ -51,7 +53,9 @@ def machine() -> str:
 
 
 def commit() -> str | None:
-    """Name the commit of the working tree, with "+" when it holds changes; None outside a repository."""
+    """Name the commit of the working tree, with "+" when it holds changes; None outside a repository or without git."""
+    if shutil.which("git") is None:
+        return None
     head = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
     )
