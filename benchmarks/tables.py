@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -16,7 +17,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-DOCUMENTS = ("README.md",)
+DOCUMENTS = ("README.md", "docs/plugins.md")
 BLOCK = re.compile(r"(<!-- results: ([a-z0-9-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 Results = dict[str, Any]
@@ -41,18 +42,41 @@ def memory_table(results: Results) -> str:
     return _table((f"tokens in the context ({model})", "memory of the process, without page cache"), rows)
 
 
-RENDERERS: dict[str, Callable[[Results], str]] = {"cpu-export": export_table, "cpu-runtime-memory": memory_table}
+def kernels_table(results: Results) -> str:
+    """The rows that have a peer."""
+    rows = [
+        (
+            f"{'decode step' if row['name'] == 'decode_mixer' else 'prefill'}, batch {row['batch']}, {row['tokens']:,} tokens",
+            f"{row['ours_us']:.1f}",
+            f"{row['peer_us']:.1f}",
+            f"{row['peer_us'] / row['ours_us']:.1f} times",
+            f"{row['floor_us']:.1f}",
+        )
+        for row in results["rows"]
+        if row.get("peer_us")
+    ]
+    return _table(
+        ("mixer of one layer, bf16, float32 state, \u00b5s", "ours", "mamba-ssm's kernels, summed", "faster", "floor"),
+        rows,
+    )
 
 
-def rendered(document: str) -> str:
-    """Return a document with its blocks as the result files have them; a block without results says so."""
+RENDERERS: dict[str, Callable[[Results], str]] = {
+    "cpu-export": export_table,
+    "cpu-runtime-memory": memory_table,
+    "h200-kernels": kernels_table,
+}
+
+
+def rendered(document: str, folder: Path = ROOT) -> str:
+    """Return a document, which lies in `folder`, with its blocks as the result files have them; without results they say so."""
 
     def block(match: re.Match[str]) -> str:
         path = RESULTS / f"{match[2]}.json"
         if not path.is_file():
             return f"{match[1]}Not measured yet.\n{match[3]}"
         results = json.loads(path.read_text(encoding="utf-8"))
-        source = f"{results['where']}; `{results['command']}`; [{path.name}]({path.relative_to(ROOT)})"
+        source = f"{results['where']}; `{results['command']}`; [{path.name}]({os.path.relpath(path, folder)})"
         return f"{match[1]}{RENDERERS[match[2]](results)}\n\n{source}\n{match[3]}"
 
     return BLOCK.sub(block, document)
@@ -71,10 +95,10 @@ def main() -> int:
     for name in DOCUMENTS:
         path = ROOT / name
         text = path.read_text(encoding="utf-8")
-        if rendered(text) != text:
+        if rendered(text, path.parent) != text:
             differ.append(name)
             if not options.check:
-                path.write_text(rendered(text), encoding="utf-8")
+                path.write_text(rendered(text, path.parent), encoding="utf-8")
     if differ and options.check:
         sys.stderr.write(f"{', '.join(differ)} differ from benchmarks/results; run python benchmarks/tables.py\n")
     return 1 if differ and options.check else 0

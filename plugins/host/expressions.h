@@ -32,9 +32,12 @@ class Dimension final : public nvinfer1::IDimensionExpr {
 // Makes dimensions and owns them.
 class ConstantBuilder final : public nvinfer1::apiv::VExprBuilder {
  public:
-  const nvinfer1::IDimensionExpr* constant(int64_t value) noexcept override { return &dimensions_.emplace_back(value); }
+  const nvinfer1::IDimensionExpr* constant(int64_t value) noexcept override {
+    return &dimensions_.emplace_back(value);
+  }
 
-  const nvinfer1::IDimensionExpr* operation(nvinfer1::DimensionOperation operation, const nvinfer1::IDimensionExpr& first,
+  const nvinfer1::IDimensionExpr* operation(nvinfer1::DimensionOperation operation,
+                                            const nvinfer1::IDimensionExpr& first,
                                             const nvinfer1::IDimensionExpr& second) noexcept override {
     using nvinfer1::DimensionOperation;
     const int64_t a = first.getConstantValue(), b = second.getConstantValue();

@@ -39,7 +39,8 @@ void append(std::string& bytes, Value value) {
   bytes.append(reinterpret_cast<const char*>(&value), sizeof value);
 }
 
-void append_number(const std::string& name, PluginFieldType type, const std::string& text, std::string& bytes) {
+void append_number(const std::string& name, PluginFieldType type, const std::string& text,
+                   std::string& bytes) {
   char* end = nullptr;
   errno = 0;
   if (type == PluginFieldType::kINT32 || type == PluginFieldType::kINT64) {
@@ -56,7 +57,8 @@ void append_number(const std::string& name, PluginFieldType type, const std::str
     append(bytes, std::strtod(text.c_str(), &end));
   }
   if (errno != 0 || end == text.c_str() || *end != '\0') {
-    throw Failure("field " + name + " has a value that is no number of its type", "'" + text + "'", "such as 4 or 1e-5");
+    throw Failure("field " + name + " has a value that is no number of its type", "'" + text + "'",
+                  "such as 4 or 1e-5");
   }
 }
 
@@ -111,7 +113,8 @@ Field field_from_text(const std::string& text) {
 
 std::string text_from_field(const Field& field) {
   const std::string number = std::to_string(static_cast<int32_t>(field.type));
-  const TypeRow& row = type_row(field.name, number, [&](const TypeRow& known) { return field.type == known.type; });
+  const TypeRow& row =
+      type_row(field.name, number, [&](const TypeRow& known) { return field.type == known.type; });
   std::string text = field.name + "=" + row.name + ":";
   if (field.type == PluginFieldType::kCHAR) return text + field.bytes;
   for (int32_t i = 0; i < field.length; ++i) {
@@ -142,7 +145,8 @@ std::vector<Field> fields_from_collection(const nvinfer1::PluginFieldCollection&
   for (int32_t i = 0; i < collection.nbFields; ++i) {
     const nvinfer1::PluginField& given = collection.fields[i];
     const std::string number = std::to_string(static_cast<int32_t>(given.type));
-    const TypeRow& row = type_row(given.name, number, [&](const TypeRow& known) { return given.type == known.type; });
+    const TypeRow& row =
+        type_row(given.name, number, [&](const TypeRow& known) { return given.type == known.type; });
     const char* data = static_cast<const char*>(given.data);
     fields.push_back({given.name, given.type, std::string(data, given.length * row.bytes), given.length});
   }
@@ -150,7 +154,8 @@ std::vector<Field> fields_from_collection(const nvinfer1::PluginFieldCollection&
 }
 
 FieldView::FieldView(const std::vector<Field>& fields) {
-  for (const Field& field : fields) rows_.emplace_back(field.name.c_str(), field.bytes.data(), field.type, field.length);
+  for (const Field& field : fields)
+    rows_.emplace_back(field.name.c_str(), field.bytes.data(), field.type, field.length);
   collection_.nbFields = static_cast<int32_t>(rows_.size());
   collection_.fields = rows_.data();
 }

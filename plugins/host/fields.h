@@ -1,4 +1,5 @@
-// Plugin fields that the mini host owns: from the command line, from a file, or from a plugin that serialized itself.
+// Plugin fields that the mini host owns: from the command line, from a file, or from a plugin that serialized
+// itself.
 #ifndef MMM_HOST_FIELDS_H
 #define MMM_HOST_FIELDS_H
 
@@ -16,8 +17,8 @@ struct Field {
   int32_t length;     // entries
 };
 
-// Text of a field, "heads=int32:4", "eps=float32:1e-05", "plugin_version=char:1", "sizes=int32:4,5"; types int32, int64, float32,
-// float64, char. Floats are written with enough digits to be read back as they were.
+// Text of a field, "heads=int32:4", "eps=float32:1e-05", "plugin_version=char:1", "sizes=int32:4,5"; types
+// int32, int64, float32, float64, char. Floats are written with enough digits to be read back as they were.
 Field field_from_text(const std::string& text);
 std::string text_from_field(const Field& field);
 

@@ -20,7 +20,8 @@ LoggerFinder finder;
 template <typename Function>
 Function* function_of(void* library, const std::string& path, const char* name) {
   void* found = dlsym(library, name);
-  if (found == nullptr) throw Failure(path + " is no plugin library", std::string("no function ") + name, "libmmm_tensorrt.so");
+  if (found == nullptr)
+    throw Failure(path + " is no plugin library", std::string("no function ") + name, "libmmm_tensorrt.so");
   return reinterpret_cast<Function*>(found);
 }
 

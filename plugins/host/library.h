@@ -23,8 +23,9 @@ class Logger final : public nvinfer1::ILogger {
   Severity last_severity_ = Severity::kVERBOSE;
 };
 
-// The one creator of the library at `path`, which is told to log to `logger`. Throws Failure when it cannot be loaded, exports no
-// getCreators or setLoggerFinder, or holds another number of creators. Never unloaded: plugins may outlive every scope.
+// The one creator of the library at `path`, which is told to log to `logger`. Throws Failure when it cannot
+// be loaded, exports no getCreators or setLoggerFinder, or holds another number of creators. Never unloaded:
+// plugins may outlive every scope.
 nvinfer1::IPluginCreatorV3One& load_creator(const std::string& path, Logger& logger);
 
 }  // namespace mmm::host

@@ -1,4 +1,5 @@
-// The life of a plugin as TensorRT leads it: built and asked in one phase, serialized, made again and attached in the next.
+// The life of a plugin as TensorRT leads it: built and asked in one phase, serialized, made again and
+// attached in the next.
 #ifndef MMM_HOST_LIFE_CYCLE_H
 #define MMM_HOST_LIFE_CYCLE_H
 
@@ -18,8 +19,8 @@ struct Built {
   size_t workspace_bytes;
 };
 
-// Run the build phase for inputs like `inputs`, in a profile that reaches to `largest`. Every step is printed. Throws Failure at
-// the first step that the plugin refuses.
+// Run the build phase for inputs like `inputs`, in a profile that reaches to `largest`. Every step is
+// printed. Throws Failure at the first step that the plugin refuses.
 Built build(nvinfer1::IPluginCreatorV3One& creator, const Logger& logger, const std::vector<Field>& fields,
             const Inputs& inputs, CallSize largest);
 
@@ -32,7 +33,8 @@ class Running {
   void change_shape(const Descriptions& tensors);
 
   // One call, by position; `tensors` are those of the last change_shape.
-  void enqueue(const Descriptions& tensors, const void* const* inputs, void* const* outputs, void* workspace, void* stream);
+  void enqueue(const Descriptions& tensors, const void* const* inputs, void* const* outputs, void* workspace,
+               void* stream);
 
  private:
   const Logger& logger_;

@@ -53,7 +53,8 @@ void fill(Device device, void* data, int value, size_t bytes) {
 void copy(Device device, void* to, const void* from, size_t bytes) {
   if (bytes == 0) return;
 #if MMM_WITH_CUDA
-  if (device == Device::kCuda) return check_cuda(cudaMemcpy(to, from, bytes, cudaMemcpyDefault), "cudaMemcpy");
+  if (device == Device::kCuda)
+    return check_cuda(cudaMemcpy(to, from, bytes, cudaMemcpyDefault), "cudaMemcpy");
 #endif
   static_cast<void>(device);
   std::memcpy(to, from, bytes);
@@ -63,11 +64,13 @@ void copy(Device device, void* to, const void* from, size_t bytes) {
 
 void check_device(Device device) {
   if (device == Device::kCuda && !MMM_WITH_CUDA) {
-    throw Failure("this mini host was built without CUDA", "--device cuda", "--device cpu, or a build with -DMMM_CUDA=ON");
+    throw Failure("this mini host was built without CUDA", "--device cuda",
+                  "--device cpu, or a build with -DMMM_CUDA=ON");
   }
 }
 
-Buffer::Buffer(Device device, std::string name, size_t bytes) : device_(device), name_(std::move(name)), bytes_(bytes) {
+Buffer::Buffer(Device device, std::string name, size_t bytes)
+    : device_(device), name_(std::move(name)), bytes_(bytes) {
   data_ = allocate(device, bytes + kGuardBytes);
   fill(device, data_, kUnwritten, bytes);
   fill(device, static_cast<char*>(data_) + bytes, kGuard, kGuardBytes);
@@ -100,7 +103,8 @@ void Buffer::check_guard() const {
   unsigned char guard[kGuardBytes];
   copy(device_, guard, static_cast<const char*>(data_) + bytes_, kGuardBytes);
   for (const unsigned char byte : guard) {
-    if (byte != kGuard) throw Failure("the plugin wrote behind the " + std::to_string(bytes_) + " bytes of " + name_);
+    if (byte != kGuard)
+      throw Failure("the plugin wrote behind the " + std::to_string(bytes_) + " bytes of " + name_);
   }
 }
 
@@ -122,7 +126,8 @@ Stream::~Stream() {
 
 void Stream::wait() const {
 #if MMM_WITH_CUDA
-  if (device_ == Device::kCuda) check_cuda(cudaStreamSynchronize(static_cast<cudaStream_t>(stream_)), "the plugin's kernel");
+  if (device_ == Device::kCuda)
+    check_cuda(cudaStreamSynchronize(static_cast<cudaStream_t>(stream_)), "the plugin's kernel");
 #endif
 }
 

@@ -14,7 +14,8 @@ enum class Device { kCpu, kCuda };
 // Throws Failure when this program was compiled without CUDA.
 void check_device(Device device);
 
-// 256-byte aligned, as TensorRT gives it. Filled with 0xFF, which is NaN in every float type: what is never written shows.
+// 256-byte aligned, as TensorRT gives it. Filled with 0xFF, which is NaN in every float type: what is never
+// written shows.
 class Buffer {
  public:
   Buffer(Device device, std::string name, size_t bytes);
@@ -50,8 +51,8 @@ class Stream {
   // Throws Failure with CUDA's text when a kernel failed.
   void wait() const;
 
-  // Microseconds that one run of `call` takes, the mean of `runs`, by events on the device or the clock of the CPU. With `graph`
-  // the call is captured once into a CUDA graph, which is then launched.
+  // Microseconds that one run of `call` takes, the mean of `runs`, by events on the device or the clock of
+  // the CPU. With `graph` the call is captured once into a CUDA graph, which is then launched.
   template <typename Call>
   double time(int64_t runs, bool graph, Call call) const {
     return time_erased(runs, graph, &call, [](void* given) { (*static_cast<Call*>(given))(); });

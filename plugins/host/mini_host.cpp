@@ -1,5 +1,5 @@
-// A program that stands in for TensorRT: it drives the very plugin library that users load, on a CPU or a GPU, and so proves its
-// numerics where TensorRT itself is not at hand.
+// A program that stands in for TensorRT: it drives the very plugin library that users load, on a CPU or a
+// GPU, and so proves its numerics where TensorRT itself is not at hand.
 #include <cstdio>
 #include <exception>
 
@@ -18,7 +18,8 @@ void drive(const Options& options) {
   const Inputs inputs = read_inputs(options.inputs, options.bfloat16);
   const std::vector<int64_t>& projected = inputs.arrays[mmm::tensorrt::kProjected].shape;
   if (projected.size() != 3) {
-    throw Failure("projected.npy has a wrong number of dimensions", shape_text(projected), "(batch, tokens, row)");
+    throw Failure("projected.npy has a wrong number of dimensions", shape_text(projected),
+                  "(batch, tokens, row)");
   }
   const bool has_largest = options.largest.batch > 0 || options.largest.tokens > 0;
   const CallSize largest = has_largest ? options.largest : CallSize{projected[0], projected[1]};
@@ -26,7 +27,8 @@ void drive(const Options& options) {
   nvinfer1::IPluginCreatorV3One& creator = load_creator(options.library, logger);
   const Built built = build(creator, logger, options.fields, inputs, largest);
   if (!options.serialize.empty()) write_fields(options.serialize, built.fields);
-  Running plugin(creator, logger, options.deserialize.empty() ? built.fields : fields_from_file(options.deserialize));
+  Running plugin(creator, logger,
+                 options.deserialize.empty() ? built.fields : fields_from_file(options.deserialize));
   const auto outputs = run(plugin, built, inputs, options);
   for (int32_t i = 0; i < kOutputs; ++i) {
     write_npy(options.outputs + "/" + kTensorNames[kInputs + i] + ".npy", outputs[i]);

@@ -27,10 +27,12 @@ constexpr TypeRow kTypes[] = {{ElementType::kFloat32, "<f4", "float32", 4},
                               {ElementType::kUint16, "<u2", "uint16", 2}};
 
 const TypeRow& row_of(ElementType type) {
-  return *std::find_if(std::begin(kTypes), std::end(kTypes), [=](const TypeRow& row) { return row.type == type; });
+  return *std::find_if(std::begin(kTypes), std::end(kTypes),
+                       [=](const TypeRow& row) { return row.type == type; });
 }
 
-// Reads the header's Python dictionary, {'descr': '<f4', 'fortran_order': False, 'shape': (2, 3), }, front to back.
+// Reads the header's Python dictionary, {'descr': '<f4', 'fortran_order': False, 'shape': (2, 3), }, front to
+// back.
 class HeaderReader {
  public:
   HeaderReader(const std::string& path, const std::string& text) : path_(path), text_(text) {}
@@ -102,7 +104,8 @@ class HeaderReader {
     for (const TypeRow& row : kTypes) {
       if (descr == row.descr) return row.type;
     }
-    throw Failure(path_ + " holds another type", descr, "<f4 (float32), <f2 (float16), <i4 (int32) or <u2 (bfloat16 bits)");
+    throw Failure(path_ + " holds another type", descr,
+                  "<f4 (float32), <f2 (float16), <i4 (int32) or <u2 (bfloat16 bits)");
   }
 
   void c_order() {
@@ -135,7 +138,8 @@ class HeaderReader {
     int64_t value = 0;
     const size_t start = at_;
     for (; at_ < text_.size() && text_[at_] >= '0' && text_[at_] <= '9'; ++at_) {
-      if (__builtin_mul_overflow(value, 10, &value) || __builtin_add_overflow(value, text_[at_] - '0', &value)) {
+      if (__builtin_mul_overflow(value, 10, &value) ||
+          __builtin_add_overflow(value, text_[at_] - '0', &value)) {
         bad("a number above 2^63");
       }
     }

@@ -10,11 +10,13 @@ namespace mmm::host {
 
 const char kHelp[] = R"(usage: mmm_mini_host LIBRARY --inputs DIR --outputs DIR [options]
 
-Drive the plugin in LIBRARY through its whole life without TensorRT: build, serialize, load, attach, run. Inputs are the files
-projected.npy, lengths.npy, conv_state.npy, ssm_state.npy, conv_weight.npy, conv_bias.npy, dt_bias.npy, A_log.npy and
-norm_weight.npy of DIR; y.npy, conv_state_out.npy and ssm_state_out.npy are written. Each step is one JSON object on stdout.
+Drive the plugin in LIBRARY through its whole life without TensorRT: build, serialize, load, attach, run.
+Inputs are the files projected.npy, lengths.npy, conv_state.npy, ssm_state.npy, conv_weight.npy,
+conv_bias.npy, dt_bias.npy, A_log.npy and norm_weight.npy of DIR; y.npy, conv_state_out.npy and
+ssm_state_out.npy are written. Each step is one JSON object on stdout.
 
-  --field NAME=TYPE:VALUE  an attribute of the node, such as heads=int32:4, eps=float32:1e-5, plugin_version=char:1; repeatable
+  --field NAME=TYPE:VALUE  an attribute of the node, such as heads=int32:4, eps=float32:1e-5 or
+                           plugin_version=char:1; repeatable
   --fields FILE            attributes from a file, one a line
   --serialize FILE         write the fields that an engine would store
   --deserialize FILE       load the plugin from such a file
@@ -35,7 +37,8 @@ int64_t number(const std::string& option, const std::string& text, int64_t least
   errno = 0;
   const int64_t value = std::strtoll(text.c_str(), &end, 10);
   if (errno != 0 || text.empty() || *end != '\0' || value < least) {
-    throw Failure("option " + option + " has a wrong value", "'" + text + "'", "a number of at least " + std::to_string(least));
+    throw Failure("option " + option + " has a wrong value", "'" + text + "'",
+                  "a number of at least " + std::to_string(least));
   }
   return value;
 }
@@ -87,11 +90,14 @@ void read_option(const std::string& option, Arguments& arguments, Options& optio
     options.deserialize = value();
   } else if (option == "--device") {
     const std::string device = value();
-    if (device != "cpu" && device != "cuda") throw Failure("option --device has a wrong value", device, "cpu or cuda");
+    if (device != "cpu" && device != "cuda")
+      throw Failure("option --device has a wrong value", device, "cpu or cuda");
     options.device = device == "cuda" ? Device::kCuda : Device::kCpu;
   } else if (option == "--profile-max") {
     const std::vector<int64_t> sizes = numbers(option, value());
-    if (sizes.size() != 2) throw Failure("option --profile-max has a wrong value", std::to_string(sizes.size()) + " numbers", "T,B");
+    if (sizes.size() != 2)
+      throw Failure("option --profile-max has a wrong value", std::to_string(sizes.size()) + " numbers",
+                    "T,B");
     options.largest = {sizes[1], sizes[0]};
   } else if (option == "--split") {
     options.split = numbers(option, value());

@@ -16,9 +16,9 @@ struct Options {
   std::vector<Field> fields;
   std::string serialize, deserialize;  // files; empty: none
   Device device = Device::kCpu;
-  CallSize largest{0, 0};           // of the profile; 0: as large as the inputs
-  std::vector<int64_t> split;       // tokens of each call; empty: all at once
-  int64_t repeat = 1, time = 0;     // runs with carried states; runs to time
+  CallSize largest{0, 0};        // of the profile; 0: as large as the inputs
+  std::vector<int64_t> split;    // tokens of each call; empty: all at once
+  int64_t repeat = 1, time = 0;  // runs with carried states; runs to time
   bool in_place = false, bfloat16 = false, graph = false, help = false;
 };
 

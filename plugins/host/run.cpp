@@ -26,9 +26,10 @@ size_t bytes_of(const nvinfer1::PluginTensorDesc& desc) {
   return static_cast<size_t>(element_count(shape_of(desc.dims)) * element_bytes(element_type(desc.type)));
 }
 
-// Copies tokens [start, start + part_tokens) of `whole` (B, whole_tokens, row) to `part` (B, part_tokens, row), or back.
-void copy_tokens(std::vector<char>& whole, std::vector<char>& part, int64_t start, int64_t part_tokens, CallSize size,
-                 size_t row_bytes, bool back) {
+// Copies tokens [start, start + part_tokens) of `whole` (B, whole_tokens, row) to `part` (B, part_tokens,
+// row), or back.
+void copy_tokens(std::vector<char>& whole, std::vector<char>& part, int64_t start, int64_t part_tokens,
+                 CallSize size, size_t row_bytes, bool back) {
   for (int64_t b = 0; b < size.batch && part_tokens > 0; ++b) {
     char* in_whole = whole.data() + (b * size.tokens + start) * row_bytes;
     char* in_part = part.data() + b * part_tokens * row_bytes;
@@ -40,7 +41,8 @@ void copy_tokens(std::vector<char>& whole, std::vector<char>& part, int64_t star
 std::vector<char> lengths_from(const std::vector<char>& whole, int64_t start, int64_t tokens) {
   std::vector<int32_t> lengths(whole.size() / sizeof(int32_t));
   std::memcpy(lengths.data(), whole.data(), whole.size());
-  for (int32_t& length : lengths) length = static_cast<int32_t>(std::clamp<int64_t>(length - start, 0, tokens));
+  for (int32_t& length : lengths)
+    length = static_cast<int32_t>(std::clamp<int64_t>(length - start, 0, tokens));
   std::vector<char> bytes(whole.size());
   std::memcpy(bytes.data(), lengths.data(), bytes.size());
   return bytes;
@@ -91,7 +93,9 @@ class Run {
     const Piece& piece = pieces_.front();
     plugin_.change_shape(piece.tensors);
     const double mean = stream_.time(options_.time, options_.graph, [&] { call(piece); });
-    print_step("time", {{"calls", json(options_.time)}, {"microseconds", json(mean)}, {"tokens", json(piece.tokens)}});
+    print_step(
+        "time",
+        {{"calls", json(options_.time)}, {"microseconds", json(mean)}, {"tokens", json(piece.tokens)}});
   }
 
  private:
@@ -106,7 +110,8 @@ class Run {
   }
 
   void make_pieces(const Inputs& inputs) {
-    const std::vector<int64_t> split = options_.split.empty() ? std::vector<int64_t>{size_.tokens} : options_.split;
+    const std::vector<int64_t> split =
+        options_.split.empty() ? std::vector<int64_t>{size_.tokens} : options_.split;
     const int64_t total = std::accumulate(split.begin(), split.end(), int64_t{0});
     if (total != size_.tokens) {
       throw Failure("--split does not add up", std::to_string(total) + " tokens",
@@ -115,7 +120,8 @@ class Run {
     int64_t start = 0;
     for (const int64_t tokens : split) {
       Descriptions tensors = built_.tensors;
-      for (int32_t i = 0; i < kTensors; ++i) tensors[i].dims = resized(i, tensors[i].dims, {size_.batch, tokens});
+      for (int32_t i = 0; i < kTensors; ++i)
+        tensors[i].dims = resized(i, tensors[i].dims, {size_.batch, tokens});
       Piece piece{start,
                   tokens,
                   tensors,
@@ -144,7 +150,8 @@ class Run {
   void swap_states() { swapped_ = !swapped_; }
 
   void call(const Piece& piece) {
-    const void* inputs[kInputs] = {piece.projected.data(), piece.lengths.data(), conv_in().data(), ssm_in().data()};
+    const void* inputs[kInputs] = {piece.projected.data(), piece.lengths.data(), conv_in().data(),
+                                   ssm_in().data()};
     for (int32_t i = tensorrt::kConvWeight; i < kInputs; ++i) inputs[i] = fixed_[i - kConvState].data();
     void* const outputs[kOutputs] = {piece.y.data(), conv_next().data(), ssm_next().data()};
     plugin_.enqueue(piece.tensors, inputs, outputs, workspace_.data(), stream_.get());
@@ -162,7 +169,8 @@ class Run {
   }
 
   Array joined() const {
-    Array y = array_of(built_.tensors[kInputs + kY], std::vector<char>(bytes_of(built_.tensors[kInputs + kY])));
+    Array y =
+        array_of(built_.tensors[kInputs + kY], std::vector<char>(bytes_of(built_.tensors[kInputs + kY])));
     for (const Piece& piece : pieces_) {
       std::vector<char> part = piece.y.download();
       copy_tokens(y.bytes, part, piece.start, piece.tokens, size_, row_bytes(kInputs + kY), true);
@@ -183,8 +191,10 @@ class Run {
 
 }  // namespace
 
-std::array<Array, kOutputs> run(Running& plugin, const Built& built, const Inputs& inputs, const Options& options) {
-  plugin.change_shape(built.tensors);  // the plugin refuses shapes that do not go together, before memory is laid out by them
+std::array<Array, kOutputs> run(Running& plugin, const Built& built, const Inputs& inputs,
+                                const Options& options) {
+  plugin.change_shape(
+      built.tensors);  // the plugin refuses shapes that do not go together, before memory is laid out by them
   Run calls(plugin, built, inputs, options);
   std::array<Array, kOutputs> outputs = calls.all();
   if (options.time > 0) calls.time();

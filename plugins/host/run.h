@@ -9,8 +9,10 @@
 
 namespace mmm::host {
 
-// Run `plugin` as `options` say. Returns the outputs: y of all tokens of the last repetition, and the last states.
-std::array<Array, kOutputs> run(Running& plugin, const Built& built, const Inputs& inputs, const Options& options);
+// Run `plugin` as `options` say. Returns the outputs: y of all tokens of the last repetition, and the last
+// states.
+std::array<Array, kOutputs> run(Running& plugin, const Built& built, const Inputs& inputs,
+                                const Options& options);
 
 }  // namespace mmm::host
 

@@ -22,7 +22,9 @@ ElementType element_type(DataType type) {
     case DataType::kHALF: return ElementType::kFloat16;
     case DataType::kINT32: return ElementType::kInt32;
     case DataType::kBF16: return ElementType::kUint16;
-    default: throw Failure("a tensor has a type that has no .npy form", type_name(type), "float32, float16, bfloat16 or int32");
+    default:
+      throw Failure("a tensor has a type that has no .npy form", type_name(type),
+                    "float32, float16, bfloat16 or int32");
   }
 }
 
@@ -47,7 +49,8 @@ Inputs read_inputs(const std::string& folder, bool bfloat16) {
     const std::string path = folder + "/" + kTensorNames[i] + ".npy";
     inputs.arrays.push_back(read_npy(path));
     if (inputs.arrays.back().type == ElementType::kUint16 && !bfloat16) {
-      throw Failure(path + " holds integers", "uint16", "a float type, or --bfloat16 if these are bfloat16 bits");
+      throw Failure(path + " holds integers", "uint16",
+                    "a float type, or --bfloat16 if these are bfloat16 bits");
     }
   }
   return inputs;

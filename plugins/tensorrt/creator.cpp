@@ -33,13 +33,15 @@ nvinfer1::IPluginCreatorInterface* creators[] = {&creator};
 
 }  // namespace mmm::tensorrt
 
-// What TensorRT looks for in a plugin library. Registering this way, and not through getPluginRegistry(), needs no symbol of
-// TensorRT, and keeps clear of the registry's layout, which differs between TensorRT 10 and 11.
+// What TensorRT looks for in a plugin library. Registering this way, and not through getPluginRegistry(),
+// needs no symbol of TensorRT, and keeps clear of the registry's layout, which differs between TensorRT 10
+// and 11.
 extern "C" [[gnu::visibility("default")]] void setLoggerFinder(nvinfer1::ILoggerFinder* finder) {
   mmm::tensorrt::set_logger_finder(finder);
 }
 
-extern "C" [[gnu::visibility("default")]] nvinfer1::IPluginCreatorInterface* const* getCreators(int32_t& count) {
+extern "C" [[gnu::visibility("default")]] nvinfer1::IPluginCreatorInterface* const* getCreators(
+    int32_t& count) {
   count = sizeof mmm::tensorrt::creators / sizeof mmm::tensorrt::creators[0];
   return mmm::tensorrt::creators;
 }

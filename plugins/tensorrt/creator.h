@@ -1,4 +1,5 @@
-// Makes plugins: from the attributes of an ONNX node when an engine is built, from the fields in an engine when it is loaded.
+// Makes plugins: from the attributes of an ONNX node when an engine is built, from the fields in an engine
+// when it is loaded.
 #ifndef MMM_TENSORRT_CREATOR_H
 #define MMM_TENSORRT_CREATOR_H
 
@@ -12,7 +13,8 @@ class SelectiveScanCreator final : public nvinfer1::IPluginCreatorV3One {
   SelectiveScanCreator() noexcept;
 
   // Null, after logging why, when the fields are wrong.
-  nvinfer1::IPluginV3* createPlugin(const nvinfer1::AsciiChar* name, const nvinfer1::PluginFieldCollection* collection,
+  nvinfer1::IPluginV3* createPlugin(const nvinfer1::AsciiChar* name,
+                                    const nvinfer1::PluginFieldCollection* collection,
                                     nvinfer1::TensorRTPhase phase) noexcept override;
   // Names and types of the fields; the parsers read the attributes so named.
   const nvinfer1::PluginFieldCollection* getFieldNames() noexcept override { return &names_; }

@@ -34,16 +34,19 @@ int32_t text_length(const PluginField& field) {
 bool read_version(const char* layer, const PluginField& field) {
   const int32_t length = text_length(field);
   if (length == int32_t{sizeof kVersion} - 1 && std::memcmp(field.data, kVersion, length) == 0) return true;
-  log_error(layer, "plugin_version is \"%.*s\"; this library knows \"%s\". Use the library that came with the bundle or engine",
+  log_error(layer,
+            "plugin_version is \"%.*s\"; this library knows \"%s\". Use the library that came with the "
+            "bundle or engine",
             length < 32 ? length : 32, static_cast<const char*>(field.data), kVersion);
   return false;
 }
 
 bool read_field(const char* layer, const PluginField& field, const FieldRow& row, Fields& fields) {
   const bool is_text = row.offset == kConstant;
-  if (field.type != row.type || field.data == nullptr || field.length < 0 || (!is_text && field.length != 1)) {
-    log_error(layer, "field %s is %s with %d entries%s; wanted %s with 1", row.name, type_name(field.type), field.length,
-              field.data == nullptr ? " and no data" : "", type_name(row.type));
+  if (field.type != row.type || field.data == nullptr || field.length < 0 ||
+      (!is_text && field.length != 1)) {
+    log_error(layer, "field %s is %s with %d entries%s; wanted %s with 1", row.name, type_name(field.type),
+              field.length, field.data == nullptr ? " and no data" : "", type_name(row.type));
     return false;
   }
   if (is_text) return read_version(layer, field);
@@ -54,7 +57,8 @@ bool read_field(const char* layer, const PluginField& field, const FieldRow& row
 
 }  // namespace
 
-bool read_fields(const char* layer, const nvinfer1::PluginFieldCollection* collection, Fields& fields) noexcept {
+bool read_fields(const char* layer, const nvinfer1::PluginFieldCollection* collection,
+                 Fields& fields) noexcept {
   if (collection == nullptr || (collection->nbFields > 0 && collection->fields == nullptr)) {
     log_error(layer, "no field collection; wanted one, if with no fields");
     return false;
@@ -72,7 +76,8 @@ bool read_fields(const char* layer, const nvinfer1::PluginFieldCollection* colle
 const nvinfer1::PluginFieldCollection* SerializedFields::of(const Fields& fields) noexcept {
   for (int32_t i = 0; i < kFieldCount; ++i) {
     const FieldRow& row = kFieldRows[i];
-    const void* data = row.offset == kConstant ? kVersion : reinterpret_cast<const char*>(&fields) + row.offset;
+    const void* data =
+        row.offset == kConstant ? kVersion : reinterpret_cast<const char*>(&fields) + row.offset;
     rows_[i] = {row.name, data, row.type, 1};
   }
   collection_.nbFields = kFieldCount;

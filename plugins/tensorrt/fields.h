@@ -1,5 +1,5 @@
-// The attributes of the operator as TensorRT passes them: named, typed fields. Engines store them, so names, types and
-// meanings are a promise.
+// The attributes of the operator as TensorRT passes them: named, typed fields. Engines store them, so names,
+// types and meanings are a promise.
 #ifndef MMM_TENSORRT_FIELDS_H
 #define MMM_TENSORRT_FIELDS_H
 
@@ -22,7 +22,8 @@ struct Fields {
 
 constexpr size_t kConstant = SIZE_MAX;
 
-// One row of the promise. Every field has one entry; `offset` says where Fields holds it, kConstant that it is kVersion.
+// One row of the promise. Every field has one entry; `offset` says where Fields holds it, kConstant that it
+// is kVersion.
 struct FieldRow {
   const char* name;
   nvinfer1::PluginFieldType type;
@@ -39,9 +40,11 @@ constexpr FieldRow kFieldRows[] = {
 };
 constexpr int32_t kFieldCount = sizeof kFieldRows / sizeof kFieldRows[0];
 
-// Read `collection` into `fields`. Fields that are absent keep their value, unknown ones are ignored. Returns false, after
-// logging why, for a field of another type or length, another plugin_version, or sizes that no kernel takes.
-bool read_fields(const char* layer, const nvinfer1::PluginFieldCollection* collection, Fields& fields) noexcept;
+// Read `collection` into `fields`. Fields that are absent keep their value, unknown ones are ignored. Returns
+// false, after logging why, for a field of another type or length, another plugin_version, or sizes that no
+// kernel takes.
+bool read_fields(const char* layer, const nvinfer1::PluginFieldCollection* collection,
+                 Fields& fields) noexcept;
 
 // The fields of one plugin object in TensorRT's form, valid as long as both exist.
 class SerializedFields {

@@ -58,8 +58,9 @@ const char* describe(const Dims& dims, char (&text)[128]) {
   size_t used = std::snprintf(text, sizeof text, "(");
   for (int32_t i = 0; i < dims.nbDims && used < sizeof text - 24; ++i) {
     const char* comma = i > 0 ? ", " : "";
-    used += dims.d[i] == kAny ? std::snprintf(text + used, sizeof text - used, "%sany", comma)
-                              : std::snprintf(text + used, sizeof text - used, "%s%" PRId64, comma, int64_t{dims.d[i]});
+    used += dims.d[i] == kAny
+                ? std::snprintf(text + used, sizeof text - used, "%sany", comma)
+                : std::snprintf(text + used, sizeof text - used, "%s%" PRId64, comma, int64_t{dims.d[i]});
   }
   std::snprintf(text + used, sizeof text - used, ")");
   return text;
@@ -77,14 +78,16 @@ bool check_dims(const char* layer, int32_t position, const Dims& found, const Di
   return false;
 }
 
-bool check_all_dims(const char* layer, const Fields& fields, const Tensors& tensors, int64_t B, int64_t T, int64_t K) {
+// Checks the first `count` tensors.
+bool check_all_dims(const char* layer, const Fields& fields, const Tensors& tensors, int32_t count, int64_t B,
+                    int64_t T, int64_t K) {
   // Checked fields: head_dim and state_dim are at most 128, so nothing here overflows.
   const int64_t H = fields.heads, G = fields.kv_heads, P = fields.head_dim, N = fields.state_dim;
   const int64_t C = G * P + G * N + H * N, W = C + H * P + H;
-  const Dims wanted[kTensors] = {{3, {B, T, W}}, {1, {B}},       {3, {B, C, K - 1}}, {4, {B, H, P, N}},
-                                 {2, {C, K}},    {1, {C}},       {1, {H}},           {1, {H}},
+  const Dims wanted[kTensors] = {{3, {B, T, W}}, {1, {B}},           {3, {B, C, K - 1}}, {4, {B, H, P, N}},
+                                 {2, {C, K}},    {1, {C}},           {1, {H}},           {1, {H}},
                                  {1, {P}},       {3, {B, T, H * P}}, {3, {B, C, K - 1}}, {4, {B, H, P, N}}};
-  for (int32_t i = 0; i < kTensors; ++i) {
+  for (int32_t i = 0; i < count; ++i) {
     if (!check_dims(layer, i, tensors.dims[i], wanted[i])) return false;
   }
   return true;
@@ -92,7 +95,8 @@ bool check_all_dims(const char* layer, const Fields& fields, const Tensors& tens
 
 }  // namespace
 
-Tensors tensors_of(const nvinfer1::PluginTensorDesc* inputs, const nvinfer1::PluginTensorDesc* outputs) noexcept {
+Tensors tensors_of(const nvinfer1::PluginTensorDesc* inputs,
+                   const nvinfer1::PluginTensorDesc* outputs) noexcept {
   Tensors tensors;
   for (int32_t i = 0; i < kTensors; ++i) {
     const nvinfer1::PluginTensorDesc& desc = i < kInputs ? inputs[i] : outputs[i - kInputs];
@@ -102,18 +106,18 @@ Tensors tensors_of(const nvinfer1::PluginTensorDesc* inputs, const nvinfer1::Plu
   return tensors;
 }
 
-Tensors largest_of(const nvinfer1::DynamicPluginTensorDesc* inputs,
-                   const nvinfer1::DynamicPluginTensorDesc* outputs) noexcept {
-  Tensors tensors;
-  for (int32_t i = 0; i < kTensors; ++i) {
-    const nvinfer1::DynamicPluginTensorDesc& desc = i < kInputs ? inputs[i] : outputs[i - kInputs];
-    tensors.dims[i] = desc.max;
-    tensors.types[i] = desc.desc.type;
+Tensors largest_of(const nvinfer1::DynamicPluginTensorDesc* inputs) noexcept {
+  Tensors tensors{};
+  for (int32_t i = 0; i < kInputs; ++i) {
+    tensors.dims[i] = inputs[i].max;
+    tensors.types[i] = inputs[i].desc.type;
   }
   return tensors;
 }
 
-bool check_fields(const char* layer, const Fields& fields) noexcept { return check_shape(layer, shape_of(fields)); }
+bool check_fields(const char* layer, const Fields& fields) noexcept {
+  return check_shape(layer, shape_of(fields));
+}
 
 bool read_shape(const char* layer, const Fields& fields, const Tensors& tensors, bool bounds,
                 mmm_scan_shape& shape) noexcept {
@@ -121,9 +125,12 @@ bool read_shape(const char* layer, const Fields& fields, const Tensors& tensors,
   const Dims& conv_weight = tensors.dims[kConvWeight];
   const int64_t B = projected.nbDims > 0 ? projected.d[0] : 0, T = projected.nbDims > 1 ? projected.d[1] : 0;
   const int64_t K = conv_weight.nbDims > 1 ? conv_weight.d[1] : 2;
-  if (!check_all_dims(layer, fields, tensors, bounds ? kAny : B, bounds ? kAny : T, K)) return false;
+  const bool known = bounds ? check_all_dims(layer, fields, tensors, kInputs, kAny, kAny, K)
+                            : check_all_dims(layer, fields, tensors, kTensors, B, T, K);
+  if (!known) return false;
   if (B > INT32_MAX || T > INT32_MAX || K > INT32_MAX) {
-    log_error(layer, "batch %" PRId64 ", tokens %" PRId64 ", conv width %" PRId64 "; at most 2^31-1 each", B, T, K);
+    log_error(layer, "batch %" PRId64 ", tokens %" PRId64 ", conv width %" PRId64 "; at most 2^31-1 each", B,
+              T, K);
     return false;
   }
   shape = shape_of(fields);
@@ -151,7 +158,8 @@ bool type_allowed(int32_t position, const nvinfer1::DynamicPluginTensorDesc* ten
 
 bool check_counts(const char* layer, int32_t inputs, int32_t outputs) noexcept {
   if (inputs == kInputs && outputs == kOutputs) return true;
-  log_error(layer, "%d inputs and %d outputs; wanted %d and %d", inputs, outputs, int32_t{kInputs}, int32_t{kOutputs});
+  log_error(layer, "%d inputs and %d outputs; wanted %d and %d", inputs, outputs, int32_t{kInputs},
+            int32_t{kOutputs});
   return false;
 }
 

@@ -17,18 +17,20 @@ struct Tensors {
 };
 
 // The descriptions of a call.
-Tensors tensors_of(const nvinfer1::PluginTensorDesc* inputs, const nvinfer1::PluginTensorDesc* outputs) noexcept;
+Tensors tensors_of(const nvinfer1::PluginTensorDesc* inputs,
+                   const nvinfer1::PluginTensorDesc* outputs) noexcept;
 
-// The descriptions of the largest call of a profile.
-Tensors largest_of(const nvinfer1::DynamicPluginTensorDesc* inputs,
-                   const nvinfer1::DynamicPluginTensorDesc* outputs) noexcept;
+// The inputs of the largest call of a profile. Outputs are left empty: they follow from the inputs.
+Tensors largest_of(const nvinfer1::DynamicPluginTensorDesc* inputs) noexcept;
 
 // Whether kernels exist for `fields`. False after logging why not.
 bool check_fields(const char* layer, const Fields& fields) noexcept;
 
-// Fill `shape` from checked dimensions and types. Returns false, after logging which tensor is wrong, what it is and what is
-// wanted. Bounds of a profile may be looser than any call; with `bounds` their batch and tokens need not agree.
-bool read_shape(const char* layer, const Fields& fields, const Tensors& tensors, bool bounds, mmm_scan_shape& shape) noexcept;
+// Fill `shape` from checked dimensions and types. Returns false, after logging which tensor is wrong, what it
+// is and what is wanted. With `bounds`, of a profile, outputs are not looked at, and batch and tokens need
+// not agree: bounds may be looser than any call.
+bool read_shape(const char* layer, const Fields& fields, const Tensors& tensors, bool bounds,
+                mmm_scan_shape& shape) noexcept;
 
 // Width of a row of y, H*P.
 inline int64_t output_width(const Fields& fields) { return int64_t{fields.heads} * fields.head_dim; }

@@ -6,7 +6,8 @@
 
 namespace mmm::tensorrt {
 
-// Take messages to the logger that `finder` finds; without one they go to stderr. TensorRT calls this when it loads the library.
+// Take messages to the logger that `finder` finds; without one they go to stderr. TensorRT calls this when it
+// loads the library.
 void set_logger_finder(nvinfer1::ILoggerFinder* finder) noexcept;
 
 // Log an error of the layer `layer`, which may be null.

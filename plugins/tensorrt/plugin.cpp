@@ -14,7 +14,8 @@ using namespace nvinfer1;
 
 constexpr int32_t kSuccess = 0, kFailure = 1;
 
-// What getWorkspaceSize answers when the profile makes no sense: no builder can give so much, so it fails and not the kernel.
+// What getWorkspaceSize answers when the profile makes no sense: no builder can give so much, so it fails and
+// not the kernel.
 constexpr size_t kImpossibleBytes = size_t{1} << 62;
 
 }  // namespace
@@ -32,18 +33,21 @@ IPluginCapability* SelectiveScanPlugin::getCapabilityInterface(PluginCapabilityT
   return nullptr;
 }
 
-IPluginV3* SelectiveScanPlugin::clone() noexcept { return new (std::nothrow) SelectiveScanPlugin(layer_, fields_); }
+IPluginV3* SelectiveScanPlugin::clone() noexcept {
+  return new (std::nothrow) SelectiveScanPlugin(layer_, fields_);
+}
 
-int32_t SelectiveScanPlugin::getOutputDataTypes(DataType* outputs, int32_t output_count, const DataType* inputs,
-                                                int32_t input_count) const noexcept {
+int32_t SelectiveScanPlugin::getOutputDataTypes(DataType* outputs, int32_t output_count,
+                                                const DataType* inputs, int32_t input_count) const noexcept {
   if (!check_counts(layer_, input_count, output_count)) return kFailure;
   outputs[kY] = outputs[kConvStateOut] = inputs[kProjected];
   outputs[kSsmStateOut] = inputs[kSsmState];
   return kSuccess;
 }
 
-int32_t SelectiveScanPlugin::getOutputShapes(const DimsExprs* inputs, int32_t input_count, const DimsExprs*, int32_t,
-                                             DimsExprs* outputs, int32_t output_count, IExprBuilder& builder) noexcept {
+int32_t SelectiveScanPlugin::getOutputShapes(const DimsExprs* inputs, int32_t input_count, const DimsExprs*,
+                                             int32_t, DimsExprs* outputs, int32_t output_count,
+                                             IExprBuilder& builder) noexcept {
   if (!check_counts(layer_, input_count, output_count)) return kFailure;
   if (inputs[kProjected].nbDims != 3) {
     log_error(layer_, "projected has %d dimensions; wanted 3: batch, tokens, row", inputs[kProjected].nbDims);
@@ -63,39 +67,44 @@ bool SelectiveScanPlugin::supportsFormatCombination(int32_t position, const Dyna
 }
 
 int32_t SelectiveScanPlugin::configurePlugin(const DynamicPluginTensorDesc* inputs, int32_t input_count,
-                                             const DynamicPluginTensorDesc* outputs, int32_t output_count) noexcept {
+                                             const DynamicPluginTensorDesc*, int32_t output_count) noexcept {
   mmm_scan_shape shape;
   if (!check_counts(layer_, input_count, output_count)) return kFailure;
-  return read_shape(layer_, fields_, largest_of(inputs, outputs), /*bounds=*/true, shape) ? kSuccess : kFailure;
+  return read_shape(layer_, fields_, largest_of(inputs), /*bounds=*/true, shape) ? kSuccess : kFailure;
 }
 
 size_t SelectiveScanPlugin::getWorkspaceSize(const DynamicPluginTensorDesc* inputs, int32_t input_count,
-                                             const DynamicPluginTensorDesc* outputs, int32_t output_count) const noexcept {
+                                             const DynamicPluginTensorDesc*,
+                                             int32_t output_count) const noexcept {
   mmm_scan_shape shape;
   uint64_t bytes = 0;
   const bool known = check_counts(layer_, input_count, output_count) &&
-                     read_shape(layer_, fields_, largest_of(inputs, outputs), /*bounds=*/true, shape) &&
+                     read_shape(layer_, fields_, largest_of(inputs), /*bounds=*/true, shape) &&
                      mmm_selective_scan_workspace(&shape, &bytes, nullptr) == MMM_OK;
   return known ? bytes : kImpossibleBytes;
 }
 
 IPluginV3* SelectiveScanPlugin::attachToContext(IPluginResourceContext*) noexcept { return clone(); }
 
-const PluginFieldCollection* SelectiveScanPlugin::getFieldsToSerialize() noexcept { return serialized_.of(fields_); }
+const PluginFieldCollection* SelectiveScanPlugin::getFieldsToSerialize() noexcept {
+  return serialized_.of(fields_);
+}
 
 int32_t SelectiveScanPlugin::onShapeChange(const PluginTensorDesc* inputs, int32_t input_count,
                                            const PluginTensorDesc* outputs, int32_t output_count) noexcept {
   mmm_scan_shape shape;
   if (!check_counts(layer_, input_count, output_count)) return kFailure;
-  return read_shape(layer_, fields_, tensors_of(inputs, outputs), /*bounds=*/false, shape) ? kSuccess : kFailure;
+  return read_shape(layer_, fields_, tensors_of(inputs, outputs), /*bounds=*/false, shape) ? kSuccess
+                                                                                           : kFailure;
 }
 
-int32_t SelectiveScanPlugin::enqueue(const PluginTensorDesc* input_descs, const PluginTensorDesc* output_descs,
-                                     const void* const* inputs, void* const* outputs, void* workspace,
-                                     cudaStream_t stream) noexcept {
+int32_t SelectiveScanPlugin::enqueue(const PluginTensorDesc* input_descs,
+                                     const PluginTensorDesc* output_descs, const void* const* inputs,
+                                     void* const* outputs, void* workspace, cudaStream_t stream) noexcept {
   mmm_scan_args args{};
   mmm_status status;
-  if (!read_shape(layer_, fields_, tensors_of(input_descs, output_descs), /*bounds=*/false, args.shape)) return kFailure;
+  if (!read_shape(layer_, fields_, tensors_of(input_descs, output_descs), /*bounds=*/false, args.shape))
+    return kFailure;
   args.projected = inputs[kProjected];
   args.projected_token_stride = input_descs[kProjected].dims.d[2];
   args.projected_batch_stride = args.projected_token_stride * args.shape.tokens;
@@ -112,8 +121,8 @@ int32_t SelectiveScanPlugin::enqueue(const PluginTensorDesc* input_descs, const 
   args.ssm_state_out = outputs[kSsmStateOut];
   args.workspace = workspace;
   args.stream = stream;
-  // TensorRT does not say how much it gave. It gave what getWorkspaceSize asked for the largest call of the profile, and that
-  // is enough: the workspace never grows when a call shrinks.
+  // TensorRT does not say how much it gave. It gave what getWorkspaceSize asked for the largest call of the
+  // profile, and that is enough: the workspace never grows when a call shrinks.
   if (mmm_selective_scan_workspace(&args.shape, &args.workspace_bytes, &status) != MMM_OK ||
       mmm_selective_scan(&args, &status) != MMM_OK) {
     log_error(layer_, "%s", status.text);

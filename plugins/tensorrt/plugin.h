@@ -1,7 +1,9 @@
-// MmmSelectiveScan as a TensorRT plugin: converts descriptions and pointers, calls the C interface, logs what it says.
+// MmmSelectiveScan as a TensorRT plugin: converts descriptions and pointers, calls the C interface, logs what
+// it says.
 //
-// Uses what TensorRT 10.3, 11.x and TensorRT-RTX have in common. getAliasedInput is left out on purpose: it would cut the
-// plugin out of the fused region around it. In-place state is had by binding one address to the engine's input and output.
+// Uses what TensorRT 10.3, 11.x and TensorRT-RTX have in common. getAliasedInput is left out on purpose: it
+// would cut the plugin out of the fused region around it. In-place state is had by binding one address to the
+// engine's input and output.
 #ifndef MMM_TENSORRT_PLUGIN_H
 #define MMM_TENSORRT_PLUGIN_H
 
@@ -29,25 +31,29 @@ class SelectiveScanPlugin final : public nvinfer1::IPluginV3,
 
   // Build
   int32_t getNbOutputs() const noexcept override { return kOutputs; }
-  int32_t getOutputDataTypes(nvinfer1::DataType* outputs, int32_t output_count, const nvinfer1::DataType* inputs,
-                             int32_t input_count) const noexcept override;
-  int32_t getOutputShapes(const nvinfer1::DimsExprs* inputs, int32_t input_count, const nvinfer1::DimsExprs* shape_inputs,
-                          int32_t shape_input_count, nvinfer1::DimsExprs* outputs, int32_t output_count,
+  int32_t getOutputDataTypes(nvinfer1::DataType* outputs, int32_t output_count,
+                             const nvinfer1::DataType* inputs, int32_t input_count) const noexcept override;
+  int32_t getOutputShapes(const nvinfer1::DimsExprs* inputs, int32_t input_count,
+                          const nvinfer1::DimsExprs* shape_inputs, int32_t shape_input_count,
+                          nvinfer1::DimsExprs* outputs, int32_t output_count,
                           nvinfer1::IExprBuilder& builder) noexcept override;
-  bool supportsFormatCombination(int32_t position, const nvinfer1::DynamicPluginTensorDesc* tensors, int32_t input_count,
-                                 int32_t output_count) noexcept override;
+  bool supportsFormatCombination(int32_t position, const nvinfer1::DynamicPluginTensorDesc* tensors,
+                                 int32_t input_count, int32_t output_count) noexcept override;
   int32_t configurePlugin(const nvinfer1::DynamicPluginTensorDesc* inputs, int32_t input_count,
-                          const nvinfer1::DynamicPluginTensorDesc* outputs, int32_t output_count) noexcept override;
+                          const nvinfer1::DynamicPluginTensorDesc* outputs,
+                          int32_t output_count) noexcept override;
   size_t getWorkspaceSize(const nvinfer1::DynamicPluginTensorDesc* inputs, int32_t input_count,
-                          const nvinfer1::DynamicPluginTensorDesc* outputs, int32_t output_count) const noexcept override;
+                          const nvinfer1::DynamicPluginTensorDesc* outputs,
+                          int32_t output_count) const noexcept override;
 
   // Runtime
   nvinfer1::IPluginV3* attachToContext(nvinfer1::IPluginResourceContext* context) noexcept override;
   const nvinfer1::PluginFieldCollection* getFieldsToSerialize() noexcept override;
   int32_t onShapeChange(const nvinfer1::PluginTensorDesc* inputs, int32_t input_count,
                         const nvinfer1::PluginTensorDesc* outputs, int32_t output_count) noexcept override;
-  int32_t enqueue(const nvinfer1::PluginTensorDesc* input_descs, const nvinfer1::PluginTensorDesc* output_descs,
-                  const void* const* inputs, void* const* outputs, void* workspace, cudaStream_t stream) noexcept override;
+  int32_t enqueue(const nvinfer1::PluginTensorDesc* input_descs,
+                  const nvinfer1::PluginTensorDesc* output_descs, const void* const* inputs,
+                  void* const* outputs, void* workspace, cudaStream_t stream) noexcept override;
 
  private:
   char layer_[128];

@@ -8,7 +8,8 @@ namespace mmm::tensorrt {
 
 constexpr char kName[] = "MmmSelectiveScan";
 constexpr char kVersion[] = "1";  // of the fields and their meaning; engines hold it, so it is frozen
-// Parsers before TensorRT 10.10 know no namespaces; the empty one is found by every parser, whatever the node's domain.
+// Parsers before TensorRT 10.10 know no namespaces; the empty one is found by every parser, whatever the
+// node's domain.
 constexpr char kNamespace[] = "";
 
 enum Input : int32_t {
@@ -34,9 +35,9 @@ enum Output : int32_t {
 constexpr int32_t kTensors = kInputs + kOutputs;
 
 // By position: all inputs, then all outputs.
-constexpr const char* kTensorNames[kTensors] = {"projected", "lengths", "conv_state",     "ssm_state",
-                                                "conv_weight", "conv_bias", "dt_bias",    "A_log",
-                                                "norm_weight", "y",     "conv_state_out", "ssm_state_out"};
+constexpr const char* kTensorNames[kTensors] = {
+    "projected", "lengths", "conv_state",  "ssm_state", "conv_weight",    "conv_bias",
+    "dt_bias",   "A_log",   "norm_weight", "y",         "conv_state_out", "ssm_state_out"};
 
 }  // namespace mmm::tensorrt
 

@@ -39,7 +39,10 @@ def test_a_long_prompt_agrees_with_float64(kernels: Any, io: torch.dtype) -> Non
 @pytest.mark.parametrize("decay", DECAYS)
 def test_slow_and_fast_decays_agree_with_float64(kernels: Any, decay: str, io: torch.dtype) -> None:
     for tokens in (1, 385):
-        check(run(kernels, draw(Sizes(1, tokens), io, decay=decay)), f"decay {decay}")
+        inputs = draw(Sizes(1, tokens), io, decay=decay)
+        check(
+            run(kernels, inputs), f"decay {decay}", extreme=decay == "fast"
+        )  # few terms: the norm scales cancelled ones up
 
 
 @TYPES

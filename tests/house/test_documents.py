@@ -81,6 +81,12 @@ def test_every_command_in_a_document_exists_with_its_options() -> None:
             continue
         assert words[0] in cli.commands, where
         command = cli.commands[words[0]]
+        if isinstance(command, click.Group):
+            words = words[1:]
+            if not words:
+                continue
+            assert words[0] in command.commands, where
+            command = command.commands[words[0]]
         known = {name for parameter in command.params if isinstance(parameter, click.Option) for name in parameter.opts}
         assert {word for word in words[1:] if word.startswith("-") and word != "-"} <= known, where
 

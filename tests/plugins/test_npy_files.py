@@ -13,6 +13,8 @@ from bundles.scan_node import Sizes, draw
 from tensorrt_tools.building import tensorrt_headers
 from tensorrt_tools.host_calls import fields, run_host, write_inputs
 
+from mmm_export.plugins.toolchain import cuda_include
+
 _PLUGINS = Path(__file__).parents[2] / "plugins"
 _PROBE = """
 #include <cstdio>
@@ -175,9 +177,9 @@ def test_a_run_under_sanitizers_is_clean(tmp_path: Path) -> None:
     folder = tmp_path / "build"
     folder.mkdir()
     sanitize = ["-std=c++17", "-g", "-O1", "-fPIC", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-    cuda = next((p for p in (Path("/usr/local/cuda/include"),) if p.is_dir()), None)
+    cuda = cuda_include(None)
     if cuda is None:
-        pytest.skip("no cuda_runtime_api.h in /usr/local/cuda/include")
+        pytest.skip("no cuda_runtime_api.h, which TensorRT's headers include")
     includes = [f"-I{_PLUGINS}", f"-I{_PLUGINS / 'include'}", f"-isystem{tensorrt_headers()}", f"-isystem{cuda}"]
     defines = ["-DMMM_WITH_CUDA=0", '-DMMM_VERSION="0"', '-DMMM_ARCHITECTURES=""']
     library = [str(p) for name in ("abi", "cpu", "tensorrt") for p in sorted((_PLUGINS / name).glob("*.cpp"))]

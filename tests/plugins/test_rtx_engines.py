@@ -176,7 +176,7 @@ def test_a_node_with_weights_as_inputs_builds(tmp_path: Path, sizes: Sizes) -> N
     [
         ("heads", 5, "heads is 5; wanted a multiple of kv_heads, 2"),
         ("head_dim", 24, "head_dim 24 has no kernel"),
-        ("heads", 8, "projected is (2, 3, 196); wanted (any, any, 392)"),
+        ("heads", 8, "projected is (2, 3, 196); wanted (any, any, 328)"),
         ("eps", 0.0, "eps is 0"),
     ],
 )

@@ -9,6 +9,8 @@ import pytest
 from tensorrt_tools import runtimes
 from tensorrt_tools.building import plugin_library
 
+from mmm_export.plugins.headers import KERNEL_LENS
+
 _SCRIPT = Path(runtimes.__file__).with_name("lean_registration.py")
 
 
@@ -29,3 +31,7 @@ def test_wrong_fields_give_no_plugin_and_a_text(name: str) -> None:
     done = runtimes.run_with_runtime(name, _SCRIPT, str(plugin_library()))
     assert not json.loads(done.stdout)["takes_two_heads_entries"]
     assert "field heads is int32 with 2 entries; wanted int32 with 1" in done.stderr
+
+
+def test_the_fetched_headers_are_those_that_the_build_names() -> None:
+    assert runtimes.PACKAGES["headers"] == (KERNEL_LENS,)
