@@ -1,7 +1,7 @@
 """NVIDIA's TensorRT libraries that run without a GPU, as far as these tests need: parsing, building, registering.
 
-Run this file to fetch them (about 190 MB) into build/tensorrt/<name>. They are no dependencies of the project: two of them hold modules
-of one name, so each has a folder of its own, and a test gives one of them to a Python of its own.
+Run this file to fetch them (about 190 MB) into build/tensorrt/<name>. They are no dependencies of the project: two of them hold
+modules of one name, so each has a folder of its own, and a test gives one of them to a Python of its own.
 """
 
 from __future__ import annotations
