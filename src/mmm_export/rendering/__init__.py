@@ -10,36 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from mmm_export.doctor import Finding
 from mmm_export.inspection import state_bytes
+from mmm_export.rendering.text import WIDTH, printable, size, table
 
 if TYPE_CHECKING:
     from mmm_export.manifest import Manifest
-    from mmm_export.plugins.build import BuildReport
     from mmm_export.runtime import GenerationStatistics
 
-WIDTH = 100
-
-
-def size(count: float) -> str:
-    """Bytes in the unit that fits: "512 bytes", "16.0 MiB", "5.11 GiB"."""
-    for unit, decimals in (("bytes", 0), ("KiB", 1), ("MiB", 1)):
-        if count < 1024:
-            return f"{count:.{decimals}f} {unit}"
-        count /= 1024
-    return f"{count:.2f} GiB"
-
-
-def printable(text: str) -> str:
-    """Text with control characters spelt out: a manifest or a state file must not steer the terminal."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
-
-
-def table(rows: Sequence[Sequence[str]], *, indent: int = 0) -> str:
-    """Align columns by spaces; the last one is not padded."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        " " * indent + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    )
+__all__ = ["printable", "size", "table"]
 
 
 def inspection(data: Mapping[str, Any]) -> str:
@@ -146,17 +123,3 @@ def answer_statistics(statistics: GenerationStatistics, finish_reason: str | Non
     if statistics.decode_tokens_per_s is not None:
         parts.append(f"{statistics.decode_tokens_per_s:.1f} tokens/s")
     return f"[{', '.join(parts)}; {ENDINGS.get(finish_reason or '', finish_reason or 'unfinished')}]"
-
-
-def plugin_build(report: BuildReport) -> str:
-    """What a build of the plugins made: files, what they run on, headers, and what was left out."""
-    build = report.build
-    gpus = ", ".join(f"sm_{number}" for number in build.architectures)
-    rows = [
-        ["for", f"{build.machine}, {f'CUDA {build.cuda}, {gpus}' if build.cuda else 'no GPU'}"],
-        *(["headers", f"{found.name} {found.version} ({printable(str(found.folder))})"] for found in report.headers),
-        *([name, size(count)] for name, count in sorted(report.file_bytes.items())),
-        *(["note", note] for note in report.notes),
-    ]
-    how = "found in the cache" if report.reused else f"built in {report.seconds:.0f} s"
-    return f"{printable(str(report.folder))}: {how}\n{table(rows, indent=2)}"

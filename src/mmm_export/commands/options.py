@@ -1,0 +1,29 @@
+"""What commands share: types and options of their command lines, and how they print data."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+PATH: Any = click.Path(path_type=Path)
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+def kernels_option(command: Command) -> Command:
+    """Give a command the option --kernels."""
+    return click.option(
+        "--kernels",
+        default="auto",
+        metavar="auto|none|FILE",
+        help="What computes the scan: the library that `mmm-export plugins build` made, if it did; the function in the "
+        "bundle; or this library.",
+    )(command)
+
+
+def as_json_text(data: object) -> str:
+    """Write what a command prints with --json."""
+    return json.dumps(data, indent=2, ensure_ascii=False, default=str)
