@@ -3,6 +3,7 @@
 python benchmarks/kernels.py --peers DIR                  everything, within two minutes; DIR holds the peers' benchmark kit
 python benchmarks/kernels.py --parts ceil,decode,prefill  without peers
 python benchmarks/kernels.py --quick                      fewer sizes and no forced variants
+python benchmarks/kernels.py --parts ceil --update        measure the ceilings anew and derive the floors from them
 
 Every part runs in a process of its own with a time limit, so that a part that fails or hangs costs its rows alone. The
 library is named by MMM_KERNEL_LIBRARY, or is the newest of `mmm-export plugins build`.
@@ -186,7 +187,8 @@ def main() -> int:
     parser.add_argument("--tokens", type=numbers, help="prompt lengths, instead of 256 to 103,000")
     parser.add_argument("--quick", action="store_true", help="fewer sizes, no forced variants")
     parser.add_argument("--budget", type=float, default=120, metavar="SECONDS", help="for all parts [default: 120]")
-    parser.add_argument("--results", type=Path, metavar="FILE", help="instead of benchmarks/results/<gpu>-kernels.json")
+    parser.add_argument("--results", type=Path, metavar="PATH", help="file or folder, instead of benchmarks/results")
+    parser.add_argument("--update", action="store_true", help="keep rows of the result file that no part measures anew")
     parser.add_argument("--part", choices=LIMITS_S, help=argparse.SUPPRESS)
     parser.add_argument("--rows", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -200,11 +202,14 @@ def main() -> int:
     unknown = [part for part in parts if part not in LIMITS_S]
     if unknown:
         parser.error(f"unknown part {unknown[0]}; wanted ceil, decode, prefill, peers")
-    rows = merge(run_parts(parts, sys.argv[1:], options.budget))
     where, short = device()
     from result_file import RESULTS, write_results
 
-    path = options.results or RESULTS / f"{short}-kernels.json"
+    path = options.results or RESULTS
+    if path.is_dir():
+        path /= f"{short}-kernels.json"
+    kept = json.loads(path.read_text(encoding="utf-8"))["rows"] if options.update and path.is_file() else []
+    rows = merge(kept + run_parts(parts, sys.argv[1:], options.budget))
     if rows and (options.results or short != "dry"):
         what = "The mixer of one layer of mmMamba: this project's kernels, the peers' and the roofline, microseconds a layer"
         write_results(path, what, rows, where=where)

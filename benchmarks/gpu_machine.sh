@@ -1,0 +1,105 @@
+#!/usr/bin/env bash
+# Builds the kernels for the GPU of this machine, runs every check that needs one, and times them.
+#
+#   benchmarks/gpu_machine.sh                    all parts: build test memcheck racecheck bench
+#   benchmarks/gpu_machine.sh build test         some of them
+#   PEERS=DIR benchmarks/gpu_machine.sh bench    with the peers' benchmark kit in DIR
+#
+# Needs nvcc, cmake, ninja, and a python3 with torch, numpy and pytest; nothing is installed or downloaded.
+# Variables: PYTHON (python3), BUILD_DIR (build/gpu), OUT (BUILD_DIR/logs), ARCH (the GPU's, "90"), TENSORRT_INCLUDE_DIR (adds
+# the TensorRT plugin and the mini host), TEST_ARGS, BENCH_ARGS, SANITIZED (cases of tests/gpu/sanitizer_run.py), JOBS (4).
+# A part that fails does not stop the others; the exit code is 1 when one did.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+
+PYTHON=${PYTHON:-python3}
+BUILD_DIR=${BUILD_DIR:-build/gpu}
+case $BUILD_DIR in /*) ;; *) BUILD_DIR=$PWD/$BUILD_DIR ;; esac
+OUT=${OUT:-$BUILD_DIR/logs}
+JOBS=${JOBS:-4}
+export PYTHONPATH=src PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
+export MMM_KERNEL_LIBRARY=${MMM_KERNEL_LIBRARY:-$BUILD_DIR/libmmm_kernels.so}
+mkdir -p "$BUILD_DIR" "$OUT"
+parts=${*:-build test memcheck racecheck bench}
+failed=() summary=()
+
+note() { # part, outcome, seconds
+  summary+=("$(printf '%-10s %-8s %4d s' "$1" "$2" "$3")")
+  [ "$2" = ok ] || failed+=("$1")
+}
+
+build() {
+  local arch=${ARCH:-$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -n 1 | tr -d .)}
+  local options=(-DMMM_CUDA=ON "-DMMM_CUDA_ARCHITECTURES=${arch:?no GPU found; set ARCH}" -DCMAKE_BUILD_TYPE=Release)
+  [ -z "${TENSORRT_INCLUDE_DIR:-}" ] || options+=("-DMMM_TENSORRT_INCLUDE_DIR=$TENSORRT_INCLUDE_DIR")
+  { cmake -S plugins -B "$BUILD_DIR" -G Ninja "${options[@]}" && cmake --build "$BUILD_DIR" --parallel; } \
+    >"$OUT/build.log" 2>&1
+  local code=$?
+  [ $code = 0 ] || tail -n 40 "$OUT/build.log"
+  grep -E "warning|spill stores" "$OUT/build.log" | grep -v " 0 bytes spill stores" | head -n 20
+  return $code
+}
+
+# Each file of tests in a process of its own: a kernel that breaks the CUDA context, or hangs, costs that file alone.
+run_tests() {
+  local logs code=0 name file
+  logs=$(mktemp -d)
+  [ ! -x "$BUILD_DIR/mmm_mini_host" ] || export MMM_TENSORRT_PLUGIN_DIR="${MMM_TENSORRT_PLUGIN_DIR:-$BUILD_DIR}"
+  printf '%s\n' tests/gpu/test_*.py | xargs -P "$JOBS" -I {} bash -c '
+    name=$(basename "{}" .py)
+    MMM_ERROR_TABLE="$1/$name.table" timeout -k 5 "${TEST_LIMIT:-120}" "$2" -m pytest -p no:cacheprovider -rfEs --tb=short \
+      ${TEST_ARGS:-} "{}" >"$1/$name.log" 2>&1
+    echo $? >"$1/$name.code"' _ "$logs" "$PYTHON"
+  : >"$OUT/test.log"
+  for file in tests/gpu/test_*.py; do
+    name=$(basename "$file" .py)
+    printf '\n==== %s: exit code %s\n' "$file" "$(cat "$logs/$name.code")" | tee -a "$OUT/test.log"
+    cat "$logs/$name.log" >>"$OUT/test.log"
+    grep -E "^(FAILED|ERROR|SKIPPED|E  |!!)|passed|failed|error" "$logs/$name.log" | cut -c 1-220 | tail -n 25
+    case $(cat "$logs/$name.code") in 0 | 5) ;; *) code=1 ;; esac # 5: TEST_ARGS selected none of this file
+  done
+  cat "$logs"/*.table 2>/dev/null | awk '!seen[$0]++' | tee "$OUT/errors.txt"
+  rm -rf "$logs"
+  return $code
+}
+
+sanitize() { # tool
+  local tool code
+  tool=$(command -v compute-sanitizer || ls -d /usr/local/cuda*/bin/compute-sanitizer 2>/dev/null | head -n 1)
+  [ -n "$tool" ] || { echo "compute-sanitizer was not found"; return 1; }
+  # shellcheck disable=SC2086
+  PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout -k 5 "${SANITIZER_LIMIT:-90}" "$tool" --tool "$1" --error-exitcode 9 \
+    --print-limit 20 "$PYTHON" tests/gpu/sanitizer_run.py ${SANITIZED:-} >"$OUT/$1.log" 2>&1
+  code=$?
+  [ $code != 124 ] || echo "stopped at its time limit"
+  tail -n 12 "$OUT/$1.log" | cut -c 1-220
+  return $code
+}
+
+bench() {
+  local options=() code
+  [ -z "${PEERS:-}" ] || options+=(--peers "$PEERS")
+  # shellcheck disable=SC2086
+  timeout -k 5 "${BENCH_LIMIT:-240}" "$PYTHON" benchmarks/kernels.py ${options[@]+"${options[@]}"} --results "$OUT" \
+    ${BENCH_ARGS:-} 2>"$OUT/bench.err" | tee "$OUT/bench.txt"
+  code=$?
+  tail -n 30 "$OUT/bench.err" | cut -c 1-220
+  return $code
+}
+
+for part in $parts; do
+  begin=$SECONDS
+  printf '\n######## %s\n' "$part"
+  case $part in
+    build) build ;;
+    test) run_tests ;;
+    memcheck | racecheck | initcheck | synccheck) sanitize "$part" ;;
+    bench) bench ;;
+    *) echo "unknown part; wanted build, test, memcheck, racecheck, bench" && false ;;
+  esac && outcome=ok || outcome=FAILED
+  note "$part" $outcome $((SECONDS - begin))
+done
+
+printf '\n######## summary (logs: %s)\n' "$OUT"
+printf '%s\n' "${summary[@]}"
+[ ${#failed[@]} = 0 ]
