@@ -17,12 +17,12 @@ from mmm_export import names
 from mmm_export.environment import environment
 from mmm_export.errors import BundleError
 from mmm_export.exporter.graphs import layer_output
-from mmm_export.exporter.widen import widen_bf16
 from mmm_export.manifest import Manifest
 from mmm_export.model.decoder import MmMamba, States
 from mmm_export.model.layers import LayerState, MambaState
 from mmm_export.operator_library import register_library
 from mmm_export.spec import ModelSpec
+from mmm_export.widen import widen_bf16
 
 Array = npt.NDArray[Any]
 

@@ -136,6 +136,9 @@ def open_graph(
     options.enable_mem_pattern = False
     if threads is not None:
         options.intra_op_num_threads = threads
+    if file == names.DECODER_FILE and manifest.quantization is not None:
+        for key, value in manifest.quantization.session.items():
+            options.add_session_config_entry(key, value)
     if file != names.DECODER_FILE:
         # Threads that spin after an image or a look-up would take the cores from the decoder.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")

@@ -45,6 +45,10 @@ class BundleError(MmmError):
     """A bundle or engine folder is missing, damaged, of another version, or belongs to another model."""
 
 
+class CalibrationError(MmmError):
+    """Prompts to calibrate on, or a calibration, cannot be used: broken, of another bundle, or not finite."""
+
+
 class KernelError(MmmError):
     """A kernel library cannot be used, or refuses a call."""
 

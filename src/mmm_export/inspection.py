@@ -8,7 +8,7 @@ from typing import Any
 
 from mmm_export import names
 from mmm_export.errors import MmmError
-from mmm_export.manifest import Dtype, check_files, read_manifest
+from mmm_export.manifest import Dtype, Quantization, check_files, read_manifest
 from mmm_export.spec import LayerKind, ModelSpec
 
 BYTES: dict[str, int] = {"fp32": 4, "fp16": 2, "bf16": 2}
@@ -65,12 +65,18 @@ def _bundle(folder: Path) -> dict[str, Any]:
         "body": manifest.body,
         "logits": manifest.logits,
         "max_tokens": manifest.max_tokens,
+        **({} if manifest.quantization is None else {"quantization": _quantization(manifest.quantization)}),
         **model(manifest.model, manifest.dtype),
         "files": {name: info.bytes for name, info in manifest.files.items()},
         "tools": manifest.tools,
         "environment": manifest.environment,
         "findings": list(manifest.findings),
     }
+
+
+def _quantization(found: Quantization) -> dict[str, Any]:
+    data = dataclasses.asdict(found)
+    return {**data, "left": ", ".join(found.left), "session": ", ".join(f"{k}={v}" for k, v in found.session.items())}
 
 
 def _state(path: Path) -> dict[str, Any]:

@@ -10,7 +10,8 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from mmm_export import names
 from mmm_export.errors import BundleError
@@ -19,6 +20,12 @@ from mmm_export.spec import ModelSpec
 SCHEMA = 1
 Dtype = Literal["fp32", "fp16", "bf16"]
 DTYPES: tuple[Dtype, ...] = ("fp32", "fp16", "bf16")
+QuantizedFormat = Literal["int8", "int8-weights", "int4", "fp8"]
+QUANTIZED_FORMATS: tuple[QuantizedFormat, ...] = ("int8", "int8-weights", "int4", "fp8")
+Consumer = Literal["tensorrt", "tensorrt-rtx", "onnxruntime", "reference"]
+CONSUMERS: tuple[Consumer, ...] = ("tensorrt", "tensorrt-rtx", "onnxruntime", "reference")
+# All that a bundle may set in ONNX Runtime: a bundle is data, so anything else in a manifest is refused.
+SESSION_SETTINGS = ("session.disable_quant_qdq", "session.x64quantprecision", "session.qdq_matmulnbits_accuracy_level")
 
 _MAX_SIZE = 2**31 - 1
 _MAY_BE_ZERO = ("special_tokens", "max_tokens", "image_token_id", "shape", "bytes")
@@ -48,6 +55,26 @@ class FileInfo:
 
 
 @dataclass(frozen=True)
+class Quantization:
+    """How the decoder was quantized.
+
+    `method` turned what was measured into ranges, `smooth` moved magnitude from activations into weights: "none", "auto", or
+    SmoothQuant's alpha. `consumer` is what the form of the graph is written for. `source_model_sha256` is `model_sha256` of the
+    bundle it was made from. `left` names the linear maps of the decoder that stay as they were. `session` are the settings of
+    ONNX Runtime with which it computes what the graph says; see SESSION_SETTINGS.
+    """
+
+    format: QuantizedFormat
+    method: str
+    smooth: str
+    consumer: Consumer
+    source_model_sha256: str
+    calibration_sha256: str  # of calibration.json
+    left: tuple[str, ...]
+    session: dict[str, str]
+
+
+@dataclass(frozen=True)
 class Manifest:
     """Content of a bundle's manifest.json.
 
@@ -68,6 +95,7 @@ class Manifest:
     tools: dict[str, str]
     environment: dict[str, str] = dataclasses.field(default_factory=dict)
     findings: tuple[str, ...] = ()
+    quantization: Quantization | None = None
 
     @property
     def model_sha256(self) -> str:
@@ -77,6 +105,8 @@ class Manifest:
 
     def to_json(self) -> dict[str, Any]:
         data = dataclasses.asdict(self)
+        if self.quantization is None:
+            del data["quantization"]  # so that earlier versions read what they can run
         return {"schema": SCHEMA, "kind": "bundle", **data}
 
     @classmethod
@@ -86,18 +116,30 @@ class Manifest:
         def tensors(rows: object) -> tuple[TensorInfo, ...]:
             return tuple(TensorInfo(r["name"], r["dtype"], _items(r["shape"])) for r in _items(rows))
 
-        fields = {k: v for k, v in data.items() if k not in ("schema", "kind", "model", "graphs", "files", "findings")}
+        special = ("schema", "kind", "model", "graphs", "files", "findings", "quantization")
+        fields = {k: v for k, v in data.items() if k not in special}
         manifest = cls(
             model=ModelSpec.from_json(data["model"]),
             graphs={n: GraphInfo(tensors(g["inputs"]), tensors(g["outputs"])) for n, g in data["graphs"].items()},
             files={n: FileInfo(**f) for n, f in data["files"].items()},
             findings=_items(data.get("findings", ())),
+            quantization=_quantization(data.get("quantization")),
             **fields,
         )
         _check_value("manifest", manifest, cls)
         if manifest.model.vision.tokens_per_tile < 1:
             raise ValueError("vision gives no token for a tile")
         return manifest
+
+
+def _quantization(data: dict[str, Any] | None) -> Quantization | None:
+    if data is None:
+        return None
+    found = Quantization(**{**data, "left": _items(data["left"])})
+    unknown = sorted(set(found.session) - set(SESSION_SETTINGS))
+    if unknown:
+        raise ValueError(f"session settings {', '.join(unknown)} are not known")
+    return found
 
 
 def _items(value: object) -> tuple[Any, ...]:
@@ -116,7 +158,10 @@ def _check_value(name: str, value: Any, declared: Any) -> None:
             _check_value(field, getattr(value, field), hint)
         return
     kind, arguments = get_origin(declared), get_args(declared)
-    if kind is Literal:
+    if kind in (UnionType, Union) and any(map(dataclasses.is_dataclass, arguments)):
+        if value is not None:
+            _check_value(name, value, next(filter(dataclasses.is_dataclass, arguments)))
+    elif kind is Literal:
         if value not in arguments:
             raise ValueError(f"{name} is {value!r:.80}, not one of {', '.join(arguments)}")
     elif kind is tuple:

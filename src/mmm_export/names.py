@@ -9,6 +9,9 @@ MANIFEST_FILE = "manifest.json"
 GRAPH_FILES = (VISION_FILE, EMBEDDING_FILE, DECODER_FILE)
 WEIGHTS_SUFFIX = ".data"
 
+CALIBRATION_FILE = "calibration.json"
+SAMPLES_FILE = "samples.safetensors"  # beside a calibration file
+
 CONFIG_FILE = "config.json"  # of a checkpoint
 
 TOKENIZER_MODEL_FILE = "tokenizer.model"
