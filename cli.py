@@ -8,6 +8,7 @@ import click
 
 from mmm_export import __version__
 from mmm_export.command_line import PROGRAM, FlowGroup, run
+from mmm_export.commands.calibrate import calibrate
 from mmm_export.commands.demo import demo
 from mmm_export.commands.doctor import doctor
 from mmm_export.commands.inspect import inspect
@@ -26,6 +27,7 @@ Each command explains itself: {PROGRAM} COMMAND --help"""
 COMMANDS: tuple[click.Command, ...] = (
     onnx,
     verify,
+    calibrate,
     run_bundle,
     inspect,
     doctor,

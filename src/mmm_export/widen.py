@@ -7,6 +7,8 @@ from collections.abc import Iterable
 import onnx
 from onnx import TensorProto
 
+WIDE = ".float32"  # what the name of a weight ends in where it is read
+
 
 def widen_bf16(model: onnx.ModelProto) -> None:
     """Update `model`: bfloat16 inputs, outputs and values become float32; bfloat16 initializers are cast where they are read."""
@@ -27,7 +29,7 @@ def widen_bf16(model: onnx.ModelProto) -> None:
 
 
 def _wide_name(name: str) -> str:
-    return f"{name}.float32"
+    return name + WIDE
 
 
 def _widen_attributes(attributes: Iterable[onnx.AttributeProto]) -> None:

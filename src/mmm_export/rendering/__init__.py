@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 from mmm_export.doctor import Finding
 from mmm_export.inspection import state_bytes
+from mmm_export.rendering.calibration import calibration_warnings, quantization_summary, sensitivity
 from mmm_export.rendering.text import WIDTH, printable, size, table
 
 if TYPE_CHECKING:
     from mmm_export.manifest import Manifest
     from mmm_export.runtime import GenerationStatistics
 
-__all__ = ["printable", "size", "table"]
+__all__ = ["calibration_warnings", "printable", "quantization_summary", "sensitivity", "size", "table"]
 
 
 def inspection(data: Mapping[str, Any]) -> str:
