@@ -19,7 +19,7 @@ from result_file import RESULTS, ROOT, write_results
 
 # The product's promise: a model of 2.7B parameters is calibrated and quantized within this.
 ANONYMOUS_LIMIT_MIB = 6 * 1000**3 / MIB
-WORDS = ["what", "is", "the", "small", "red", "thing", "beside", "a", "large", "old", "tree", "and", "how", "many", "are", "there"]
+WORDS = [
     "what",
     "is",
     "the",
@@ -31,11 +31,6 @@ WORDS = ["what", "is", "the", "small", "red", "thing", "beside", "a", "large", "
     "large",
     "old",
     "tree",
-    "in",
-    "front",
-    "of",
-    "this",
-    "house",
     "and",
     "how",
     "many",
