@@ -185,6 +185,9 @@ def _session(
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
+    if name == names.DECODER_FILE and manifest.quantization is not None:
+        for key, value in manifest.quantization.session.items():
+            options.add_session_config_entry(key, value)
     if library is not None:
         register_library(options, library)
     try:

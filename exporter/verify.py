@@ -16,6 +16,7 @@ from mmm_export.exporter.comparison import (
     compare,
     layer_bounds,
     logits_bounds,
+    quantized_format,
     split_bounds,
     tie_margin,
 )
@@ -140,14 +141,15 @@ def verify_bundle(
         found = recorder.record(example, forced=forced)
         split = max(1, len(example.input_ids) - options.split_tokens)
         parted = recorder.record(example, split=split)
+    quantized = quantized_format(manifest)
     rows = [
-        *_compare_all(TORCH_TO_ORT, found, wanted, logits_bounds(manifest.dtype), ()),
-        *_compare_steps(found, wanted, logits_bounds(manifest.dtype)),
-        *_compare_split(parted, found, split_bounds(manifest.dtype)),
+        *_compare_all(TORCH_TO_ORT, found, wanted, logits_bounds(manifest.dtype, quantized), ()),
+        *_compare_steps(found, wanted, logits_bounds(manifest.dtype, quantized)),
+        *_compare_split(parted, found, split_bounds(manifest.dtype, quantized)),
     ]
     if oracle is not None:
-        rows += _compare_all(ORACLE_TO_ORT, found, oracle, (), layer_bounds(manifest.dtype))
-        rows += _compare_all(ORACLE_TO_TORCH, wanted, oracle, (), layer_bounds("fp32"))
+        rows += _compare_all(ORACLE_TO_ORT, found, oracle, (), layer_bounds(manifest.dtype, quantized))
+        rows += _compare_all(ORACLE_TO_TORCH, wanted, oracle, (), FP32_LAYER)
     return VerifyReport(
         str(folder),
         str(checkpoint),
@@ -249,12 +251,21 @@ def check_tokens(found: Recording, wanted: Recording, forced: Sequence[int], man
     for i, (token, right) in enumerate(zip(chosen, forced, strict=True)):
         if token != right:
             margin = float(steps_wanted[i][right] - steps_wanted[i][token])
-            return TokenCheck(tuple(forced), tuple(chosen), i, margin <= tie_margin(manifest.dtype, steps_wanted[i]))
+            return TokenCheck(
+                tuple(forced),
+                tuple(chosen),
+                i,
+                margin <= tie_margin(manifest.dtype, steps_wanted[i], quantized_format(manifest)),
+            )
     return TokenCheck(tuple(forced), tuple(chosen), None, False)
 
 
 def _notes(manifest: Manifest, library: Path | None) -> tuple[str, ...]:
     notes = []
+    if manifest.quantization is not None:
+        notes.append(
+            f"The decoder is quantized to {manifest.quantization.format}: the bounds are those of that format."
+        )
     if library is not None:
         notes.append(f"The scan was computed by {library}, not by the function body in the graph.")
     if manifest.dtype == "bf16":
