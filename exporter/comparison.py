@@ -8,7 +8,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from mmm_export.manifest import Manifest, QuantizedFormat
+from mmm_export.manifest import Dtype, Manifest, QuantizedFormat
 
 Array = npt.NDArray[Any]
 Measure = Literal["relative", "l2", "cosine", "kl"]

@@ -149,7 +149,7 @@ def verify_bundle(
     ]
     if oracle is not None:
         rows += _compare_all(ORACLE_TO_ORT, found, oracle, (), layer_bounds(manifest.dtype, quantized))
-        rows += _compare_all(ORACLE_TO_TORCH, wanted, oracle, (), FP32_LAYER)
+        rows += _compare_all(ORACLE_TO_TORCH, wanted, oracle, (), layer_bounds("fp32"))
     return VerifyReport(
         str(folder),
         str(checkpoint),
@@ -251,12 +251,8 @@ def check_tokens(found: Recording, wanted: Recording, forced: Sequence[int], man
     for i, (token, right) in enumerate(zip(chosen, forced, strict=True)):
         if token != right:
             margin = float(steps_wanted[i][right] - steps_wanted[i][token])
-            return TokenCheck(
-                tuple(forced),
-                tuple(chosen),
-                i,
-                margin <= tie_margin(manifest.dtype, steps_wanted[i], quantized_format(manifest)),
-            )
+            tie = tie_margin(manifest.dtype, steps_wanted[i], quantized_format(manifest))
+            return TokenCheck(tuple(forced), tuple(chosen), i, margin <= tie)
     return TokenCheck(tuple(forced), tuple(chosen), None, False)
 
 
