@@ -34,7 +34,9 @@ Array = NDArray[Any]
 # For SmoothQuant the ends are left out: at 1 a channel that was quiet in the samples would have no range left for louder prompts.
 ALPHAS = {"int8": tuple(i / 10 for i in range(2, 9)), "int4": tuple(i / 10 for i in range(1, 11))}
 QUIET = 0.25  # of the median: a channel's magnitude counts as at least that, for the same reason
-SEARCH_COLUMNS = 512  # of each weight: the cost of a factor is an average over columns, so a sample of them tells it
+# The cost of a factor is an average over columns and tokens, so that a sample of both tells it.
+SEARCH_COLUMNS = 256
+SEARCH_ROWS = 128
 GROUP = 128
 # Factors beyond do not help, and would bring 16-bit norms to their limits.
 _LEAST, _MOST = 1e-3, 1e3
@@ -66,10 +68,12 @@ def choose_factor(
     weight = np.max([weights.row_maxima(linear) for linear in members], axis=0)
     weight = _repeated(weight, source, np.maximum)
     alphas = ALPHAS[form] if isinstance(smooth, str) else (smooth,)
-    candidates = [] if not isinstance(smooth, str) else [_measured(None, None, parts, observed, form, method, dtype)]
+    rows = observed.rows[:: -(-len(observed.rows) // SEARCH_ROWS)]
+    search = _Search(rows, observed.maxima, tuple((part, rows @ part) for part in parts), form, method, dtype)
+    candidates = [search.measure(None, None)] if isinstance(smooth, str) else []
     for alpha in alphas:
         factor = _smoothing(magnitude, weight, alpha) if form == "int8" else _awq(magnitude, alpha)
-        candidates.append(_measured(alpha, factor, parts, observed, form, method, dtype))
+        candidates.append(search.measure(alpha, factor))
     return min(candidates, key=lambda candidate: candidate.cost)
 
 
@@ -108,32 +112,34 @@ def _centred(factor: Array, used: Array) -> Array:
     return np.clip(factor, _LEAST, _MOST).astype(np.float32)
 
 
-def _measured(
-    alpha: float | None,
-    factor: Array | None,
-    parts: Sequence[Array],
-    observed: Observed,
-    form: str,
-    method: Method,
-    dtype: Dtype,
-) -> Candidate:
-    scale = np.ones(len(observed.maxima), np.float32) if factor is None else factor
-    rows = observed.rows / scale
-    largest = float((observed.maxima / scale).max())
-    clip = largest if form == "int4" else clip_from_values(rows, largest, method, INT8)
-    step = float(stored_scale(np.float32(clip / INT8.largest), dtype))
-    given = rows if form == "int4" else round_to_grid(rows, step, INT8)
-    cost = 0.0
-    for part in parts:
-        scaled = part * scale[:, None]
-        wanted = observed.rows @ part
-        if form == "int8":
-            rounded = round_to_grid(scaled, column_scales(scaled, INT8, dtype), INT8)
-        else:
-            size = group_size(len(part), GROUP)
-            scales = group_scales(scaled, size, None, dtype)
-            groups = scaled.reshape(-1, size, scaled.shape[1])
-            rounded = round_to_grid(groups, scales[:, None], INT4).reshape(scaled.shape)
-        error = given @ rounded - wanted
-        cost += float(np.square(error).sum()) / max(float(np.square(wanted).sum()), 1e-30)
-    return Candidate(alpha, factor, clip, cost)
+@dataclass(frozen=True)
+class _Search:
+    """Measures candidates on `rows` (R, K); `parts` are columns of each weight, (K, n), and what they make of the rows."""
+
+    rows: Array
+    maxima: Array
+    parts: tuple[tuple[Array, Array], ...]
+    form: str
+    method: Method
+    dtype: Dtype
+
+    def measure(self, alpha: float | None, factor: Array | None) -> Candidate:
+        scale = np.ones(len(self.maxima), np.float32) if factor is None else factor
+        rows = self.rows / scale
+        largest = float((self.maxima / scale).max())
+        clip = largest if self.form == "int4" else clip_from_values(rows, largest, self.method, INT8)
+        step = float(stored_scale(np.float32(clip / INT8.largest), self.dtype))
+        given = rows if self.form == "int4" else round_to_grid(rows, step, INT8)
+        cost = 0.0
+        for part, wanted in self.parts:
+            error = given @ self._rounded(part * scale[:, None]) - wanted
+            cost += float(np.square(error).sum()) / max(float(np.square(wanted).sum()), 1e-30)
+        return Candidate(alpha, factor, clip, cost)
+
+    def _rounded(self, part: Array) -> Array:
+        if self.form == "int8":
+            return round_to_grid(part, column_scales(part, INT8, self.dtype), INT8)
+        size = group_size(len(part), GROUP)
+        scales = group_scales(part, size, None, self.dtype)
+        groups = part.reshape(-1, size, part.shape[1])
+        return round_to_grid(groups, scales[:, None], INT4).reshape(part.shape)

@@ -31,7 +31,7 @@ from mmm_export.widen import WIDE
 
 Array = NDArray[Any]
 
-INT4_OPSET = 21  # the first whose DequantizeLinear has int4 and blocks
+BLOCK_OPSET = 21  # the first whose DequantizeLinear has int4 and blocks
 NBITS_BLOCK = 128  # rows that share a scale in MatMulNBits; by-column scales are repeated
 # ONNX Runtime computes MatMulNBits three times as fast at one token with activations rounded to int8 by block (level 4). Beside int4
 # weights that rounding does not show; beside int8 weights it would, so those keep float32 (level 1).
@@ -64,9 +64,9 @@ class Rewriter:
             node = nodes.get(linear.linear.weight)
             if node is not None:
                 self._rewrite(node, linear)
-        if any(linear.format == "int4" for linear in plan.linears) and self.consumer != "onnxruntime":
+        if any(node.op_type == "DequantizeLinear" and "block_size" in node.attributes for node in self.model.graph):
             for imports in (self.model.opset_imports, *(f.opset_imports for f in self.model.functions.values())):
-                imports[""] = max(imports.get("", INT4_OPSET), INT4_OPSET)
+                imports[""] = max(imports.get("", BLOCK_OPSET), BLOCK_OPSET)
 
     def _fold(self, plan: SourcePlan) -> None:
         fold, factor = plan.source.fold, plan.factor
@@ -103,11 +103,19 @@ class Rewriter:
             kept = self._lazy(
                 f"{plan.linear.weight}.kept", self._kept(plan, begin), self._stored, self._kept_shape(plan, begin)
             )
-            rest = self._node(nodes, "MatMul", [x, kept])
+            rest = self._kept_product(x, kept, plan, nodes)
             main = self._node(nodes, "Concat", [main, rest], axis=-1)
         main.type, main.shape, name = old.type, old.shape, old.name
         ir.convenience.replace_nodes_and_values(self.model.graph, node, [node], nodes, [old], [main])
         main.name = name
+
+    def _kept_product(self, x: ir.Value, kept: ir.Value, plan: LinearPlan, nodes: list[ir.Node]) -> ir.Value:
+        """The part that is not quantized, (B, T, kept columns)."""
+        if self.consumer != "tensorrt-rtx" or plan.format != "int8-weights" or self.dtype == "fp32":
+            return self._node(nodes, "MatMul", [x, kept])
+        # In float32: TensorRT-RTX would else join both products, for which it writes the int8 weights out in 16 bits at every step.
+        wide = [self._node(nodes, "Cast", [value], to=int(ir.DataType.FLOAT)) for value in (x, kept)]
+        return self._node(nodes, "Cast", [self._node(nodes, "MatMul", wide)], to=int(self._stored))
 
     def _product(self, x: ir.Value, plan: LinearPlan, nodes: list[ir.Node]) -> ir.Value:
         """The part that is quantized, (B, T, quantized columns)."""
@@ -126,7 +134,7 @@ class Rewriter:
         columns = linear.quantized_columns
         name = f"{linear.weight}.{form}"
         weight = self._lazy(name, self._by_column(plan, grid, by_column), kind, (linear.rows, columns))
-        if form != "int8-weights" and self.consumer == "tensorrt-rtx":
+        if self.consumer == "tensorrt-rtx":
             # One scale for all columns goes into the product itself; the columns' own would leave raw sums in 16 bits.
             widest = self._scale(f"{linear.weight}.widest", by_column, np.max, ())
             relative = self._scale(f"{linear.weight}.relative", by_column, self._relative, (columns,))

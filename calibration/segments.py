@@ -29,6 +29,7 @@ EXACT_SETTINGS = {
     "session.x64quantprecision": "1",
     "session.qdq_matmulnbits_accuracy_level": "0",
 }
+_UNPACKED = {"session.disable_prepacking": "1"}  # each layer runs a few times only: packing its weights would not pay
 _NUMPY = {"float32": np.float32, "float16": np.float16, "bfloat16": np.float32}
 _CPU = ["CPUExecutionProvider"]
 
@@ -46,7 +47,7 @@ def open_session(
     options.enable_mem_pattern = False
     if threads is not None:
         options.intra_op_num_threads = threads
-    entries = {**EXACT_SETTINGS, **(settings or {})}
+    entries = {**EXACT_SETTINGS, **_UNPACKED, **(settings or {})}
     if isinstance(model, bytes):
         entries["session.model_external_initializers_file_folder_path"] = str(folder)
     for key, value in entries.items():

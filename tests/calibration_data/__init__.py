@@ -1,0 +1,1 @@
+"""Prompts, bundles and calibrations that tests of quantization share."""
