@@ -74,7 +74,9 @@ class DecoderRun:
         self.manifest: Manifest = read_manifest(folder)
         path = graph or folder / names.DECODER_FILE
         settings = {} if self.manifest.quantization is None else self.manifest.quantization.session
-        self.session: onnxruntime.InferenceSession = open_session(path, path.parent, self.manifest, settings=settings)
+        self.session: onnxruntime.InferenceSession = open_session(
+            path, path.parent, self.manifest, settings={**settings, "session.disable_prepacking": "0"}
+        )
         self._inputs = {node.name: node for node in self.session.get_inputs()}
         self._state: dict[str, Array] = {}
         self._past = np.zeros(0, np.int32)
@@ -140,8 +142,8 @@ def points_lost(wanted: Outcome, found: Outcome) -> tuple[float, float, float]:
 
 
 def states_after(run: DecoderRun, asked: Questions, checkpoints: Sequence[int]) -> list[list[Array]]:
-    """SSM states of eight sequences after so many decode steps; each reads prompts one after the other, token by token."""
-    rows = 8
+    """SSM states of four sequences after so many decode steps; each reads prompts one after the other, token by token."""
+    rows = 4
     one = np.ones(rows, np.int32)
     groups = range(0, len(asked.lengths) - rows + 1, rows)
     order = [(i, t) for i in groups for t in range(int(asked.lengths[i : i + rows].min()))]

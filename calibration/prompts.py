@@ -102,7 +102,9 @@ def samples_from_prompts(
                 tokens_per_tile=spec.vision.tokens_per_tile,
             )
             asked = tokenizer.encode(text)
-            answer = tokenizer.encode(prompt.answer, add_bos=False) if prompt.answer else []
+            # With the text before it: alone it would begin with the space that the tokenizer puts before every text.
+            whole = tokenizer.encode(text + prompt.answer) if prompt.answer else asked
+            answer = whole[len(asked) :] if whole[: len(asked)] == asked else tokenizer.encode(prompt.answer or "")
         except (MmmError, ValueError) as error:
             found = error.what if isinstance(error, MmmError) else str(error)
             raise CalibrationError(
