@@ -17,7 +17,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-DOCUMENTS = ("README.md", "docs/plugins.md")
+DOCUMENTS = ("README.md", "docs/plugins.md", "docs/quantization.md")
 BLOCK = re.compile(r"(<!-- results: ([a-z0-9-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 Results = dict[str, Any]
@@ -61,10 +61,42 @@ def kernels_table(results: Results) -> str:
     )
 
 
+def quantization_table(results: Results) -> str:
+    rows = [
+        (
+            f"{row['model']}, {row['format']}",
+            row["by"],
+            f"{100 * row['accuracy']:.1f} %",
+            f"{row['points_lost']:.1f} ({row['points_lost_low']:.1f} to {row['points_lost_high']:.1f})",
+            f"{row['kl_mean']:.1e}",
+            f"{row['state_error_200_steps']:.1e}" if "state_error_200_steps" in row else "",
+            f"{row['state_error_2000_steps']:.1e}" if "state_error_2000_steps" in row else "",
+        )
+        for row in results["rows"]
+    ]
+    header = ("model", "by", "right", "points lost (95 %)", "mean KL", "state error, 200 steps", "2,000 steps")
+    return f"{results['rows'][0]['prompts']} prompts.\n\n" + _table(header, rows)
+
+
+def calibration_table(results: Results) -> str:
+    rows = [
+        (
+            f"{row['name']}, {row['samples']} prompts of {row['tokens']:,} tokens in all",
+            f"{row['bundle_bytes'] / 1e9:.2f} GB",
+            f"{row['wall_s']:.0f} s",
+            f"{row['peak_anonymous_mib'] * 2**20 / 1e9:.2f} GB",
+        )
+        for row in results["rows"]
+    ]
+    return _table((results["rows"][0]["model"], "bundle", "time", "peak memory, without page cache"), rows)
+
+
 RENDERERS: dict[str, Callable[[Results], str]] = {
     "cpu-export": export_table,
     "cpu-runtime-memory": memory_table,
     "h200-kernels": kernels_table,
+    "digits-quantization": quantization_table,
+    "cpu-calibration": calibration_table,
 }
 
 
