@@ -9,6 +9,12 @@ MANIFEST_FILE = "manifest.json"
 GRAPH_FILES = (VISION_FILE, EMBEDDING_FILE, DECODER_FILE)
 WEIGHTS_SUFFIX = ".data"
 
+DECODER_PLAN = "decoder.plan"  # of an engine folder
+VISION_PLAN = "vision.plan"
+EMBEDDING_TABLE = "embedding.bin"  # raw rows (vocabulary + special tokens, hidden) in the engine's number format
+PLUGIN_LIBRARY = "libmmm_tensorrt.so"
+LAYERS_FILE = "layers.json"
+
 CONFIG_FILE = "config.json"  # of a checkpoint
 
 TOKENIZER_MODEL_FILE = "tokenizer.model"
