@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +16,11 @@ from mmm_export import names
 from mmm_export.errors import EngineError
 from mmm_export.exporter.strip_functions import strip_functions
 from mmm_export.exporter.trt.cached_attention import write_attentions, write_plain_caches
+from mmm_export.exporter.trt.capacity import shrink_caches
 from mmm_export.exporter.trt.head import split_head
 from mmm_export.exporter.trt.native_operators import write_rms_norms, write_rotary_embeddings, write_swishes
 from mmm_export.exporter.trt.operators import Operators
-from mmm_export.manifest import Manifest
+from mmm_export.manifest import TensorInfo
 
 HEAD_DATA = "head.data"
 
@@ -31,15 +34,21 @@ class Lowered:
         in_place: outputs that the engine writes at the address of an input.
         head_parts: products that the LM head is cut into.
         rewritten: how many operators each pass wrote.
+        inputs: of the graph, in order.
+        outputs: likewise.
     """
 
     path: Path
     in_place: dict[str, str]
     head_parts: int
     rewritten: dict[str, int]
+    inputs: tuple[TensorInfo, ...] = ()
+    outputs: tuple[TensorInfo, ...] = ()
 
 
-def lower_graph(bundle: Path, name: str, folder: Path, operators: Operators, max_alloc_bytes: int) -> Lowered:
+def lower_graph(
+    bundle: Path, name: str, folder: Path, operators: Operators, max_alloc_bytes: int, max_tokens: int | None = None
+) -> Lowered:
     """Write graph `name` of a bundle into `folder` for a target, with links to the weights of the bundle.
 
     Args:
@@ -48,6 +57,7 @@ def lower_graph(bundle: Path, name: str, folder: Path, operators: Operators, max
         folder: where to write; on the file system of the bundle no weight is copied.
         operators: what the target takes.
         max_alloc_bytes: most that one part of the LM head may take.
+        max_tokens: capacity of the KV caches, at most the bundle's; None for the bundle's.
 
     Raises:
         EngineError: the bundle was exported with --standard-ops, or a part has a form that this version does not know.
@@ -57,6 +67,8 @@ def lower_graph(bundle: Path, name: str, folder: Path, operators: Operators, max
     strip_functions(model)
     path = folder / name
     try:
+        if max_tokens is not None and name == names.DECODER_FILE:
+            shrink_caches(model, max_tokens)
         lowered = _lower(model, path, operators, max_alloc_bytes)
     except ValueError as error:
         raise EngineError(
@@ -67,7 +79,20 @@ def lower_graph(bundle: Path, name: str, folder: Path, operators: Operators, max
         ) from error
     link_weights(model, bundle, folder)
     ir.save(model, path)
-    return lowered
+    inputs, outputs = (graph_tensors(values) for values in (model.graph.inputs, model.graph.outputs))
+    return dataclasses.replace(lowered, inputs=inputs, outputs=outputs)
+
+
+def graph_tensors(values: Iterable[ir.Value]) -> tuple[TensorInfo, ...]:
+    """Describe inputs or outputs as a manifest does."""
+    return tuple(_tensor(value) for value in values)
+
+
+def _tensor(value: ir.Value) -> TensorInfo:
+    if value.name is None or value.dtype is None or value.shape is None:
+        raise ValueError(f"graph tensor {value.name} lacks a name, type or shape")
+    dtype = "bfloat16" if value.dtype == ir.DataType.BFLOAT16 else str(value.dtype.numpy())
+    return TensorInfo(value.name, dtype, tuple(d if isinstance(d, int) else str(d.value) for d in value.shape))
 
 
 def _lower(model: ir.Model, path: Path, operators: Operators, max_alloc_bytes: int) -> Lowered:
@@ -121,9 +146,3 @@ def link_weights(model: ir.Model, bundle: Path, folder: Path) -> None:
                 raise
             except OSError:
                 shutil.copyfile(bundle / file, target)
-
-
-def weights_of(manifest: Manifest, name: str) -> int:
-    """Bytes of the data file of a graph."""
-    info = manifest.files.get(name + names.WEIGHTS_SUFFIX)
-    return 0 if info is None else info.bytes

@@ -10,11 +10,11 @@ import onnx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from trt import lowered
 
 from mmm_export.exporter.trt.head import VOCABULARY_MULTIPLE, HeadPart, head_parts
 from mmm_export.exporter.trt.operators import PLAIN
 from mmm_export.model.testing import tiny_spec
+from trt import lowered
 
 
 def test_the_released_head_fits_512_mib_whole_and_128_mib_in_three() -> None:
@@ -37,7 +37,7 @@ def test_parts_join_and_fit(hidden: int, vocabulary: int, item_bytes: int, most:
     assert parts[-1].end % 8 == 0
     least = hidden * item_bytes * VOCABULARY_MULTIPLE
     for part in parts:
-        assert 0 < part.end - part.begin
+        assert part.end > part.begin
         assert (part.end - part.begin) * hidden * item_bytes <= max(most, least)
     if len(parts) > 1:
         joined = parts[-1].end * hidden * item_bytes
