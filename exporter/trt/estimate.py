@@ -12,8 +12,8 @@ from mmm_export.exporter.trt.head import head_parts
 from mmm_export.exporter.trt.operators import Operators
 from mmm_export.exporter.trt.profiles import ProfileOptions
 from mmm_export.exporter.trt.targets import GIB, Device
-from mmm_export.inspection import BYTES, state_bytes
 from mmm_export.manifest import Manifest
+from mmm_export.state_bytes import BYTES, state_bytes
 
 MIB = 1 << 20
 

@@ -13,8 +13,7 @@ from mmm_export.engine_manifest import check_engine_files, folder_kind, read_eng
 from mmm_export.errors import EngineError, MmmError
 from mmm_export.manifest import Dtype, check_files, read_manifest
 from mmm_export.spec import LayerKind, ModelSpec
-
-BYTES: dict[str, int] = {"fp32": 4, "fp16": 2, "bf16": 2}
+from mmm_export.state_bytes import state_bytes
 
 
 def inspect(path: Path) -> dict[str, Any]:
@@ -209,16 +208,6 @@ def model(spec: ModelSpec, dtype: Dtype) -> dict[str, Any]:
             "thumbnail": vision.dynamic_tiles and vision.use_thumbnail,
         },
         "state": state_bytes(spec, dtype),
-    }
-
-
-def state_bytes(spec: ModelSpec, dtype: Dtype) -> dict[str, int]:
-    """Count the bytes one sequence keeps: SSM and conv states, which never grow, and the KV cache's growth by token."""
-    recurrent = len(spec.mamba_layers)
-    return {
-        "ssm_bytes": recurrent * spec.heads * spec.head_dim * spec.state_dim * 4,
-        "conv_bytes": recurrent * spec.conv_channels * (spec.conv_width - 1) * BYTES[dtype],
-        "kv_bytes_per_token": len(spec.attention_layers) * 2 * spec.kv_heads * spec.head_dim * BYTES[dtype],
     }
 
 

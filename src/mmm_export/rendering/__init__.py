@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmm_export.doctor import Finding
-from mmm_export.inspection import state_bytes
 from mmm_export.rendering.engine import layer_table
 from mmm_export.rendering.text import WIDTH, printable, size, table
+from mmm_export.state_bytes import state_bytes
 
 if TYPE_CHECKING:
     from mmm_export.manifest import Manifest
