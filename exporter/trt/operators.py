@@ -52,7 +52,7 @@ def parse_version(text: str) -> Version:
     """Turn "10.3.0.30" into (10, 3, 0, 30); what follows a part that is no number is left out."""
     numbers: list[int] = []
     for part in text.split("."):
-        if not part.isdigit():
+        if not (part.isascii() and part.isdigit()):
             break
         numbers.append(int(part))
     return tuple(numbers)

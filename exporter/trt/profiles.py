@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from mmm_export import names
@@ -36,7 +37,7 @@ class ProfileOptions:
 def parse_range(text: str) -> Range:
     """Turn "1,512,2048" into numbers. Raises OptionError."""
     words = [word.strip() for word in text.split(",")]
-    if len(words) != 3 or not all(word.isdigit() and len(word) < 8 for word in words):
+    if len(words) != 3 or not all(re.fullmatch(r"[0-9]{1,7}", word) for word in words):
         raise OptionError("--prefill-tokens cannot be read", found=repr(text), wanted="least,typical,most: 1,512,2048")
     least, typical, most = (int(word) for word in words)
     return least, typical, most

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from mmm_export.engine_manifest import Flavor
@@ -93,10 +94,10 @@ def parse_capabilities(text: str) -> tuple[int, ...]:
     """Turn "8.6,8.9" into (86, 89). Raises OptionError."""
     found: list[int] = []
     for word in filter(None, (part.strip() for part in text.split(","))):
-        major, dot, minor = word.removeprefix("sm_").removeprefix("SM").partition(".")
-        if not major.isdigit() or (dot and (len(minor) != 1 or not minor.isdigit())) or len(major) > 3:
+        match = re.fullmatch(r"(?:sm_?)?([0-9]{1,2})\.([0-9])|(?:sm_?)?([0-9]{2,3})", word.lower())
+        if match is None:
             raise OptionError("--compute-capability cannot be read", found=repr(word), wanted="such as 8.6, or 8.6,8.9")
-        found.append(int(major + minor) if dot else int(major))
+        found.append(int(match[3] or match[1] + match[2]))
     if not found:
         raise OptionError("--compute-capability is empty", wanted="such as 8.6, or 8.6,8.9")
     return tuple(sorted(set(found)))
