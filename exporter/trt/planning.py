@@ -120,7 +120,7 @@ def plan_engine(bundle: Path, options: EngineOptions, *, dry_run: bool, check_co
             found=str(options.timing_cache),
             wanted="no timing cache: it chooses kernels on the device, when the engine is loaded",
         )
-    operators = operators_of(flavor, version)
+    operators = operators_of(flavor, version, manifest.dtype)
     alloc_mib = target.max_alloc_mib if options.max_alloc_mib is None else options.max_alloc_mib
     sizes = Sizes(
         options.profiles,
