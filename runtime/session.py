@@ -100,8 +100,8 @@ class Session:
             providers = [providers]  # one name is that name, and not its letters
         # Imported here: a state file can be inspected where ONNX Runtime is not installed.
         from mmm_export.operator_library import choose_library
+        from mmm_export.runtime.backends import onnxruntime_backend
         from mmm_export.runtime.graph_loading import check_requirements, providers_from_names
-        from mmm_export.runtime.onnxruntime_backend import OnnxRuntimeBackend
 
         folder = Path(path)
         manifest = read_manifest(folder)
@@ -109,7 +109,7 @@ class Session:
         library = choose_library(kernels, manifest, chosen)
         check_requirements(folder, manifest, chosen, library)
         check_files(folder, manifest, content=check_content)  # last: it reads gigabytes
-        backend = OnnxRuntimeBackend(folder, manifest, providers=chosen, threads=threads, library=library)
+        backend = onnxruntime_backend(folder, manifest, providers=chosen, threads=threads, library=library)
         return cls(folder, manifest, backend, chunk_tokens=chunk_tokens, kernels=library)
 
     @property
