@@ -11,15 +11,17 @@ from numpy.typing import NDArray
 
 from mmm_export.runtime.state_layout import TOKEN_AXIS, StateTensor
 
-# onnx.TensorProto's numbers; numpy's bfloat16 does not exist, so its bits travel as uint16.
+# onnx.TensorProto's numbers, and how numpy holds the elements on the host: it has no bfloat16, whose bits travel as uint16.
 ELEMENT_TYPES = {"float32": 1, "int32": 6, "int64": 7, "float16": 10, "bfloat16": 16}
-_STORAGE: dict[str, Any] = {
+_HOST: dict[str, Any] = {
     "float32": np.float32,
     "int32": np.int32,
     "int64": np.int64,
     "float16": np.float16,
     "bfloat16": np.uint16,
 }
+# What the memory is allocated as. ONNX Runtime copies no bfloat16 to numpy, so those tensors call themselves float16 until bound.
+_ALLOCATED: dict[str, Any] = {**_HOST, "bfloat16": np.float16}
 CPU, CUDA = "cpu", "cuda"
 
 
@@ -35,33 +37,32 @@ class DeviceTensor:
     def __init__(self, shape: Sequence[int], dtype: str, device: str) -> None:
         self.shape = tuple(shape)
         self._dtype = dtype
-        self.value = onnxruntime.OrtValue.ortvalue_from_shape_and_type(list(shape), ELEMENT_TYPES[dtype], device, 0)
+        self._device = device
+        self._value = onnxruntime.OrtValue.ortvalue_from_shape_and_type(list(shape), _ALLOCATED[dtype], device, 0)
 
     def write(self, array: NDArray[Any]) -> None:
         """Copy a host array of the same shape and storage here; updates the device memory."""
         assert array.shape == self.shape, (array.shape, self.shape)
-        self.value.update_inplace(np.ascontiguousarray(array))
+        assert array.dtype == _HOST[self._dtype], (array.dtype, self._dtype)
+        self._value.update_inplace(np.ascontiguousarray(array).view(_ALLOCATED[self._dtype]))
 
     def read(self) -> NDArray[Any]:
         """Copy to the host; bfloat16 as uint16."""
-        array: NDArray[Any] = np.empty(self.shape, _STORAGE[self._dtype])
-        copy(self.value, host_value(array, self._dtype))
-        return array
+        array: NDArray[Any] = self._value.numpy()
+        # In host memory the array is a view of the tensor, which the next run overwrites.
+        return (array.copy() if self._device == CPU else array).view(_HOST[self._dtype])
 
+    def bind_input(self, binding: Any, name: str) -> None:
+        """Let a run read this memory as the input `name`; updates `binding`."""
+        binding.bind_input(name, *self._place)
 
-def host_value(array: NDArray[Any], dtype: str) -> onnxruntime.OrtValue:
-    """Wrap host memory without a copy; the array must outlive the value."""
-    if dtype == "bfloat16":
-        return onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(array, ELEMENT_TYPES[dtype])
-    return onnxruntime.OrtValue.ortvalue_from_numpy(array)
+    def bind_output(self, binding: Any, name: str) -> None:
+        """Let a run write the output `name` here; updates `binding`."""
+        binding.bind_output(name, *self._place)
 
-
-def copy(source: onnxruntime.OrtValue, target: onnxruntime.OrtValue) -> None:
-    """Copy a tensor into another of its size, wherever each lies; updates `target`."""
-    if source.device_name() == CPU and target.device_name() == CPU:
-        target.update_inplace(source)
-    else:
-        onnxruntime.copy_tensors([source], [target])
+    @property
+    def _place(self) -> tuple[Any, ...]:
+        return (self._device, 0, ELEMENT_TYPES[self._dtype], list(self.shape), self._value.data_ptr())
 
 
 class DeviceStatePool:

@@ -15,7 +15,7 @@ from mmm_export.errors import BundleError
 from mmm_export.manifest import Manifest
 from mmm_export.operator_library import CUDA_PROVIDER
 from mmm_export.runtime.backend import Array
-from mmm_export.runtime.device_values import CUDA, DeviceStatePool, DeviceTensor, copy, host_value
+from mmm_export.runtime.device_values import CUDA, DeviceStatePool, DeviceTensor
 from mmm_export.runtime.graph_loading import ProviderChoice, open_graph
 from mmm_export.runtime.onnxruntime_backend import explained
 from mmm_export.runtime.state_layout import GRAPH_DTYPE, STORAGE, state_layout
@@ -96,8 +96,8 @@ class OnnxRuntimeCudaBackend:
         pixels.write(pixel_values)
         features = DeviceTensor((rows, self._spec.hidden_size), self._dtype, self._device)
         binding = self._vision.io_binding()
-        binding.bind_ortvalue_input(names.PIXEL_VALUES, pixels.value)
-        binding.bind_ortvalue_output(names.IMAGE_FEATURES, features.value)
+        pixels.bind_input(binding, names.PIXEL_VALUES)
+        features.bind_output(binding, names.IMAGE_FEATURES)
         with explained(names.VISION_FILE):
             self._vision.run_with_iobinding(binding)
         return features.read()
@@ -107,9 +107,8 @@ class OnnxRuntimeCudaBackend:
             self._past_lengths.write(np.array([self._pool.tokens], np.int32))
         one_row = self._manifest.logits == "last"
         logits = self._step(input_ids) if len(input_ids) == 1 and features is None else self._read(input_ids, features)
-        host = np.empty(logits.shape, np.float32)
         with explained(names.DECODER_FILE):
-            copy(logits.value, host_value(host, "float32"))
+            host = logits.read()
         self._pool.commit(len(input_ids))
         last: NDArray[np.float32] = host[0, -1]
         return last if one_row else last.copy()
@@ -167,23 +166,23 @@ class OnnxRuntimeCudaBackend:
 
     def _bound_embedding(self, ids: DeviceTensor, features: DeviceTensor, embeds: DeviceTensor) -> Any:
         binding = self._embedding.io_binding()
-        binding.bind_ortvalue_input(names.INPUT_IDS, ids.value)
-        binding.bind_ortvalue_input(names.IMAGE_FEATURES, features.value)
-        binding.bind_ortvalue_output(names.INPUTS_EMBEDS, embeds.value)
+        ids.bind_input(binding, names.INPUT_IDS)
+        features.bind_input(binding, names.IMAGE_FEATURES)
+        embeds.bind_output(binding, names.INPUTS_EMBEDS)
         return binding
 
     def _bound_decoder(self, slot: int, embeds: DeviceTensor, lengths: DeviceTensor, logits: DeviceTensor) -> Any:
         """Bind a run that reads the states of one slot and writes those of the other."""
         binding = self._decoder.io_binding()
-        binding.bind_ortvalue_input(names.INPUTS_EMBEDS, embeds.value)
-        binding.bind_ortvalue_input(names.LENGTHS, lengths.value)
+        embeds.bind_input(binding, names.INPUTS_EMBEDS)
+        lengths.bind_input(binding, names.LENGTHS)
         if self._takes_past_lengths:
-            binding.bind_ortvalue_input(names.PAST_LENGTHS, self._past_lengths.value)
+            self._past_lengths.bind_input(binding, names.PAST_LENGTHS)
         for name, tensor in self._pool.slots[slot].items():
-            binding.bind_ortvalue_input(name, tensor.value)
+            tensor.bind_input(binding, name)
         for name, tensor in self._pool.slots[1 - slot].items():
-            binding.bind_ortvalue_output(names.present(name), tensor.value)
-        binding.bind_ortvalue_output(names.LOGITS, logits.value)
+            tensor.bind_output(binding, names.present(name))
+        logits.bind_output(binding, names.LOGITS)
         return binding
 
 
