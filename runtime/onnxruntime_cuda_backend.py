@@ -37,6 +37,8 @@ class OnnxRuntimeCudaBackend:
         library: that computes the scan, see `choose_library`; without one ONNX Runtime's own operators do, far slower.
         provider: another one, for tests of this code without a GPU.
         device: where its memory lies.
+        memory_limit_bytes: that each of the three graphs may take for activations and weights; None for all that is free.
+        capture: decode steps in CUDA graphs where that is possible.
 
     Raises:
         BundleError: a graph cannot be run here or is not what the manifest says.
@@ -52,17 +54,22 @@ class OnnxRuntimeCudaBackend:
         library: Path | None = None,
         provider: str = CUDA_PROVIDER,
         device: str = CUDA,
+        memory_limit_bytes: int | None = None,
+        capture: bool = True,
     ) -> None:
+        limit = {} if memory_limit_bytes is None else {"gpu_mem_limit": str(memory_limit_bytes)}
         self._manifest = manifest
         self._spec = manifest.model
         self._device = device
         self._dtype = GRAPH_DTYPE[manifest.dtype]
 
         def session(file: str, **options: str) -> onnxruntime.InferenceSession:
-            chosen: list[ProviderChoice] = [(provider, _provider_options(options)) if device == CUDA else provider]
+            chosen: list[ProviderChoice] = [
+                (provider, _provider_options({**limit, **options})) if device == CUDA else provider
+            ]
             return open_graph(folder, file, manifest, providers=chosen, threads=threads, library=library)
 
-        self.captures_steps = device == CUDA and not self._spec.attention_layers
+        self.captures_steps = capture and device == CUDA and not self._spec.attention_layers
         self._embedding = session(names.EMBEDDING_FILE)
         self._vision = session(names.VISION_FILE)
         if self.captures_steps:
