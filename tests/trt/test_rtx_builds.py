@@ -29,7 +29,7 @@ CAPABILITIES = (80, 86, 89, 120)
 PLUGINS = {"linear": 4, "hybrid": 3, "teacher": 0}
 TOKENS = "1,8,64"
 
-QUICK = {("linear", "fp16"), ("hybrid", "fp16"), ("teacher", "fp16")}
+QUICK = {("linear", "fp16"), ("hybrid", "fp16")}
 CASES = [
     pytest.param(kind, dtype, marks=() if (kind, dtype) in QUICK else pytest.mark.slow)
     for kind in PLUGINS
