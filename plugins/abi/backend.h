@@ -36,6 +36,11 @@ inline int64_t row_width(const mmm_scan_shape& shape) {
   return conv_channels(shape) + int64_t{shape.heads} * shape.head_dim + shape.heads;
 }
 
+// Columns of out.
+inline int64_t linear_columns(const mmm_linear_shape& shape) {
+  return shape.epilogue == MMM_EPILOGUE_SILU ? shape.outputs / 2 : shape.outputs;
+}
+
 // Bytes of one element, 0 for a number that is no mmm_dtype.
 inline int64_t element_bytes(int32_t dtype) {
   switch (dtype) {

@@ -118,16 +118,15 @@ int32_t check_arguments(const mmm_linear_args& args, uint64_t workspace_bytes, m
       !grow(x_bytes, io)) {
     return fail(status, MMM_UNSUPPORTED, "%d tokens with stride %" PRId64 " span more than 2^63 bytes", s.tokens, args.x_stride);
   }
-  const int64_t columns = s.epilogue == MMM_EPILOGUE_SILU ? N / 2 : N;
   const Region inputs[] = {
       {"x", args.x, x_bytes, 16},
       {"weight", args.weight, weight_bytes(s), 16},
-      {"scales", args.scales, scale_bytes(s), element_bytes(s.scale_dtype)},
+      {"scales", args.scales, scale_bytes(s), 16},
       {"norm_weight", args.norm_weight, s.normalise ? s.inputs * io : 0, 16},
       {"residual", args.residual, s.epilogue == MMM_EPILOGUE_RESIDUAL ? M * N * io : 0, 16},
   };
   const Region outputs[] = {
-      {"out", args.out, M * columns * element_bytes(s.out_dtype), 16},
+      {"out", args.out, M * linear_columns(s) * element_bytes(s.out_dtype), 16},
       {"workspace", args.workspace, static_cast<int64_t>(workspace_bytes), 256},
   };
   if (args.workspace_bytes < workspace_bytes) {

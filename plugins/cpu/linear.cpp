@@ -105,7 +105,7 @@ class Columns {
 
   // Columns [first, last), at most kLinearColumns, of tokens [token, token + count), at most kTokens.
   void compute(int64_t first, int64_t last, int64_t token, int64_t count) {
-    const int64_t K = s_.inputs, width = silu_ ? s_.outputs / 2 : s_.outputs;
+    const int64_t K = s_.inputs, width = linear_columns(s_);
     for (int64_t m = 0; m < count; ++m) scale_[m] = s_.normalise ? norm_scale(token + m) : 1.0f;
     std::fill(&sums_[0][0][0], &sums_[0][0][0] + sizeof sums_ / sizeof(float), 0.0f);
     for (int64_t k = 0; k < K; k += kBlock) {
@@ -194,8 +194,7 @@ void linear_columns_cpu(const mmm_linear_args& args, int64_t first, int64_t last
 }
 
 int32_t linear_cpu(const mmm_linear_args& args, mmm_status&) {
-  const mmm_linear_shape& s = args.shape;
-  linear_columns_cpu(args, 0, s.epilogue == MMM_EPILOGUE_SILU ? s.outputs / 2 : s.outputs);
+  linear_columns_cpu(args, 0, linear_columns(args.shape));
   return MMM_OK;
 }
 

@@ -25,6 +25,7 @@ cudaError_t current_device(Device& device) {
                {&device.shared_memory_per_block, cudaDevAttrMaxSharedMemoryPerBlockOptin}};
   for (const auto& one : asked)
     if ((error = cudaDeviceGetAttribute(one.value, one.attribute, id)) != cudaSuccess) return error;
+  device.id = id;
   if (cached) {
     known[id] = device;  // racing threads write the same values
     __atomic_store_n(&ready[id], 1, __ATOMIC_RELEASE);

@@ -14,6 +14,7 @@ struct Device {
   int major;  // compute capability
   int minor;
   int shared_memory_per_block;  // opt-in maximum, in bytes
+  int id;
 };
 
 // Properties of the current device, asked once for each.

@@ -1,6 +1,7 @@
 // Chooses the kernel of a matrix product: by the bytes of the weight for few rows of x (linear_vector.cuh), tiled for many
 // (linear_matrix.cuh).
 #include <algorithm>
+#include <atomic>
 
 #include "abi/backend.h"
 #include "launch.h"
@@ -15,18 +16,18 @@ int chunk_inputs(const mmm_linear_shape& shape) {
   return shape.weight_format == MMM_WEIGHT_PLAIN ? 32 : shape.weight_format == MMM_WEIGHT_INT8 ? 64 : 128;
 }
 
-// How the vector kernel is spread. `variant` of a call may say, as decimal digits: [1: subtract INT4's offset from sums instead of
-// weights] [warps a block, 2 digits: 08 or 16] [tiles a turn: 1 or 2] [blocks a multiprocessor: 1 or 2]; 1 alone: the tiled kernel.
+// How the vector kernel is spread. `variant` of a call may say, as decimal digits: [spans under way, 2 to 4] [warps a block, 2 digits:
+// 08 or 16] [tiles a turn: 1 or 2] [blocks a multiprocessor]; 1 alone: the tiled kernel.
 struct Spread {
-  int warps, tiles_a_turn, blocks;
-  bool raw;
+  int depth, warps, tiles_a_turn, blocks;
 };
 
 constexpr int kTiledVariant = 1;
 
 Spread spread_of(const mmm_linear_args& args) {
-  if (args.variant == 0) return {8, 1, 1, true};
-  return {args.variant / 100 % 100, args.variant / 10 % 10, args.variant % 10, args.variant >= 10000};
+  if (args.variant == 0) return {3, 8, 1, 2};
+  return {std::clamp(args.variant / 10000 % 10, 2, kMostDepth), args.variant / 100 % 100, args.variant / 10 % 10,
+          std::clamp(args.variant % 10, 1, 4)};
 }
 
 bool is_tiled(const mmm_linear_shape& shape, int variant) {
@@ -41,11 +42,11 @@ struct Product {
   Spread spread;
   int first_token, tokens;  // of this launch
 
-  template <typename Element, int FORMAT, int WARPS, int R, bool RAW>
+  template <typename Element, int FORMAT, int WARPS, int R>
   cudaError_t vector() const {
-    using V = Vector<Element, FORMAT, WARPS, R, RAW>;
+    using V = Vector<Element, FORMAT, WARPS, R>;
     const mmm_linear_shape& s = call.shape;
-    const auto kernel = linear_vector_kernel<Element, FORMAT, WARPS, R, RAW>;
+    const auto kernel = linear_vector_kernel<Element, FORMAT, WARPS, R>;
     const bool silu = s.epilogue == MMM_EPILOGUE_SILU;
     const int64_t columns = silu ? s.outputs / 2 : s.outputs, out_bytes = element_bytes(s.out_dtype);
     VectorArgs a = {};
@@ -57,14 +58,19 @@ struct Product {
     a.rows = s.outputs, a.chunks = s.inputs / chunk_inputs(s), a.tokens = tokens;
     const int rows_a_tile = silu ? kTileRows : R * kTileRows;
     a.tiles = static_cast<int>((columns + rows_a_tile - 1) / rows_a_tile);
-    a.epilogue = s.epilogue, a.eps = s.eps;
+    a.epilogue = s.epilogue, a.depth = spread.depth, a.eps = s.eps;
     a.scales_are_bfloat16 = s.scale_dtype == MMM_BFLOAT16, a.out_is_float32 = s.out_dtype == MMM_FLOAT32;
     a.overlap = device.major >= 9 && call.overlap != 0;
 
-    const int bytes = V::shared_bytes(tokens, a.chunks);
-    if (bytes > 48 * 1024) {
-      const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+    static std::atomic<uint64_t> prepared{0};  // a bit for each device
+    const uint64_t bit = uint64_t{1} << (device.id % 64);
+    if (!(prepared.load(std::memory_order_relaxed) & bit)) {
+      cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, device.shared_memory_per_block);
+      // All these kernels ask for the same split of the L1: a multiprocessor drains before it changes that, and nothing would overlap.
+      if (error == cudaSuccess)
+        error = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
       if (error != cudaSuccess) return error;
+      prepared.fetch_or(bit, std::memory_order_relaxed);
     }
     cudaLaunchAttribute attribute;
     attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
@@ -72,17 +78,10 @@ struct Product {
     cudaLaunchConfig_t config = {};
     config.gridDim = dim3(std::min(a.tiles, spread.blocks * device.multiprocessors));
     config.blockDim = dim3(V::kThreads);
-    config.dynamicSmemBytes = bytes;
+    config.dynamicSmemBytes = V::shared_bytes(tokens, a.chunks, spread.depth);
     config.stream = static_cast<cudaStream_t>(call.stream);
     if (a.overlap) config.attrs = &attribute, config.numAttrs = 1;
     return cudaLaunchKernelEx(&config, kernel, a);
-  }
-
-  template <typename Element, int FORMAT, int WARPS, int R>
-  cudaError_t vector() const {
-    if constexpr (FORMAT == MMM_WEIGHT_INT4)
-      if (spread.raw) return vector<Element, FORMAT, WARPS, R, true>();
-    return vector<Element, FORMAT, WARPS, R, false>();
   }
 
   template <typename Element, int FORMAT>
@@ -134,11 +133,12 @@ struct Product {
   }
 };
 
-// Rows of x that fit into a block's shared memory, with the sums: K x 2 bytes each, and what `Vector::shared_bytes` adds at most.
+// Rows of x that fit into a block's shared memory, beside the rings and the sums: `Vector::shared_bytes`, of its largest case.
 int tokens_a_launch(const mmm_linear_shape& shape, const Spread& spread, const Device& device) {
-  const int warps = spread.warps, offsets = shape.inputs / 128 * 32 + warps * 32;
-  const int a_token = shape.inputs * 2 + 2 * warps * 2 * kSumStride * 4;
-  return std::max(1, std::min(kMostTokens, (device.shared_memory_per_block - offsets) / a_token));
+  const int warps = spread.warps == 16 ? 16 : 8, R = shape.epilogue == MMM_EPILOGUE_SILU ? 2 : spread.tiles_a_turn;
+  const int rings = warps * spread.depth * R * kTileRows * (kSpanBytes + 4) + warps * 32;
+  const int a_token = shape.inputs * 2 + 2 * warps * R * kSumStride * 4;
+  return std::max(1, std::min(kMostTokens, (device.shared_memory_per_block - rings) / a_token));
 }
 
 cudaError_t enqueue(const mmm_linear_args& args, const Device& device) {

@@ -1,13 +1,14 @@
-// out = epilogue(norm(x) W^T) for up to 8 rows of x, by the bytes of W alone: each weight is read once, 16 bytes a thread, and goes
-// from the load into a matrix instruction (m16n8k16), whose 16 rows are rows of W and whose 8 columns are rows of x. So 8 rows cost what
-// one costs, and the integer formats take one to two instructions a weight.
+// out = epilogue(norm(x) W^T) for up to 8 rows of x, by the bytes of W alone: each weight is read once and goes into a matrix
+// instruction (m16n8k16) whose 16 rows are rows of W and whose 8 columns are rows of x. So 8 rows cost little more than one, and the
+// integer formats take one to two instructions a weight.
 //
 //   grid   a few blocks a multiprocessor; block b takes tiles b, b + blocks, ... of R x 16 rows of W (SiLU: R = 2, gate and up)
-//   block  WARPS warps share K: warp w takes neighbouring chunks of 64 bytes of every row; sums meet in shared memory, once a tile
-//   warp   a load takes 16 bytes of lane l's quarter l % 4 of the chunk, from rows l / 4 and l / 4 + 8
-//   ring   DEPTH chunks of a warp are under way, across tiles; those of the first tiles before the previous kernel has ended (overlap),
-//          which on a chain of small products hides most of their latency
-//   shared x in the order of the fragments, M x K x 2 bytes, normalised; two buffers of partial sums
+//   block  WARPS warps share K: warp w takes neighbouring spans of 128 bytes of every row; sums meet in shared memory, once a tile
+//   ring   `depth` spans (16 R rows of 128 bytes) of each warp are being copied to shared memory, across tiles; those of the first
+//          tiles begin before the previous kernel has ended (overlap), which on a chain of small products hides most of their latency.
+//          Copies, since a warp can wait for six sets of loads into registers apart, and no more
+//   lane   l multiplies the 16 bytes l % 4 of a chunk of 64 from rows l / 4 and l / 4 + 8
+//   shared x in the order of the fragments, M x K x 2 bytes, normalised; the rings; two buffers of partial sums
 #pragma once
 
 #include "linear_weights.cuh"
@@ -23,32 +24,27 @@ struct VectorArgs {
   void* out;
   int64_t x_stride;
   int rows, chunks, tokens, tiles;  // N, K / inputs of a chunk, M
-  int epilogue;
+  int epilogue, depth;
   float eps;
   bool scales_are_bfloat16, out_is_float32, overlap;
 };
 
-constexpr int kTileRows = 16, kChunkBytes = 64;
+constexpr int kTileRows = 16, kChunkBytes = 64, kSpanBytes = 128;
+constexpr int kMostDepth = 4;
 constexpr int kSumStride = 20;  // of a token's 16 sums: the four lanes of a row then write to four different sets of banks
 
-template <typename Element, int FORMAT, int WARPS, int R, bool RAW>
+template <typename Element, int FORMAT, int WARPS, int R>
 struct Vector {
   using Format = Weights<Element, FORMAT>;
   static constexpr int kThreads = 32 * WARPS;
-  static constexpr int kDepth = 8 / R;                      // chunks under way: 16 loads of 16 bytes a thread
-  static constexpr int kPieces = Format::kInputs / 8;       // 16-byte pieces of x for 16 bytes of weights
-  static constexpr bool kRaw = RAW && FORMAT == MMM_WEIGHT_INT4;
-  static constexpr bool kScaled = FORMAT != MMM_WEIGHT_PLAIN;
-
-  struct Stage {
-    uint4 weights[R][2];
-    uint32_t scales[kScaled ? R : 1][2];
-  };
+  static constexpr int kPieces = Format::kInputs / 8;  // 16-byte pieces of x for 16 bytes of weights
+  static constexpr int kStageBytes = R * kTileRows * kSpanBytes;
+  static constexpr int kScales = FORMAT == MMM_WEIGHT_PLAIN ? 0 : R * kTileRows;  // 4-byte words of a stage
 
   static __host__ __device__ int sum_floats(int tokens) { return WARPS * R * tokens * kSumStride; }
-  static int shared_bytes(int tokens, int chunks) {
-    const int x = 4 * kPieces * chunks * tokens * 16, offsets = kRaw ? chunks * 8 * 4 : 0;
-    return x + offsets + 2 * sum_floats(tokens) * 4 + WARPS * 8 * 4;
+  static int shared_bytes(int tokens, int chunks, int depth) {
+    return 4 * kPieces * chunks * tokens * 16 + WARPS * depth * (kStageBytes + 4 * kScales) + 2 * sum_floats(tokens) * 4 +
+           WARPS * 8 * 4;
   }
 };
 
@@ -58,23 +54,29 @@ __device__ __forceinline__ uint64_t read_once_policy() {
   return policy;
 }
 
-__device__ __forceinline__ uint4 load_once(const char* address, uint64_t policy) {
-  uint4 v;
-  asm volatile("ld.global.nc.L1::no_allocate.L2::cache_hint.v4.u32 {%0,%1,%2,%3}, [%4], %5;"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-               : "l"(address), "l"(policy));
-  return v;
+// 16 bytes to shared memory, past the L1 and first to leave the L2; zeros, and no read, unless `valid`.
+__device__ __forceinline__ void copy_once(uint32_t shared, const char* global, bool valid, uint64_t policy) {
+  const int bytes = valid ? 16 : 0;
+  asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2, %3;" ::"r"(shared), "l"(global), "r"(bytes),
+               "l"(policy)
+               : "memory");
+}
+
+__device__ __forceinline__ void copy_word(uint32_t shared, const void* global) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared), "l"(global) : "memory");
+}
+
+// Wait for the oldest of `depth` groups of copies.
+__device__ __forceinline__ void wait_for_oldest(int depth) {
+  if (depth == 2) wait_copies<1>();
+  else if (depth == 3) wait_copies<2>();
+  else if (depth == 4) wait_copies<3>();
+  else wait_copies<0>();
 }
 
 __device__ __forceinline__ uint32_t load_16_bits(const void* base, int64_t index) {
   unsigned short v;
   asm volatile("ld.global.nc.u16 %0, [%1];" : "=h"(v) : "l"(static_cast<const unsigned short*>(base) + index));
-  return v;
-}
-
-__device__ __forceinline__ uint32_t load_32_bits(const void* base, int64_t index) {
-  uint32_t v;
-  asm volatile("ld.global.nc.u32 %0, [%1];" : "=r"(v) : "l"(static_cast<const uint32_t*>(base) + index));
   return v;
 }
 
@@ -102,106 +104,142 @@ __device__ __forceinline__ uint4 normalised(const uint4& v, const uint4& weight,
   return make_uint4(out[0], out[1], out[2], out[3]);
 }
 
-// Brings x into shared memory, normalised, in the order of the fragments: piece j of 4 x 8 inputs, token, quarter.
-template <class V, typename Element>
-__device__ __forceinline__ void stage_x(const VectorArgs& a, uint4* staged, float* offsets, float* partial, const uint4& first_norm) {
-  constexpr int P = V::kPieces;
+// Brings x, of at most MOST rows, into shared memory, normalised, in the order of the fragments: piece j of 4 x 8 inputs, token,
+// quarter. Eight loads of a thread are under way at once.
+template <class V, typename Element, int MOST>
+__device__ __forceinline__ void stage_rows(const VectorArgs& a, uint4* staged, float* partial, const uint4& first_norm) {
+  constexpr int P = V::kPieces, kBatch = 8 / MOST, WARPS = V::kThreads / 32;
   const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5, M = a.tokens, eighths = a.chunks * 4 * P;
-  const auto* x = static_cast<const Element*>(a.x);
-  const auto row = [&](int m) { return reinterpret_cast<const uint4*>(x + m * a.x_stride); };
-  if (a.norm_weight != nullptr) {
-    for (int m = 0; m < M; m++) {
-      float sum = 0.f;
-      for (int i = tid; i < eighths; i += V::kThreads) sum += sum_of_squares<Element>(row(m)[i]);
+  const bool normalise = a.norm_weight != nullptr;
+  uint4 v[kBatch][MOST];
+  const auto load = [&](int first) {
 #pragma unroll
-      for (int o = 16; o > 0; o >>= 1) sum += __shfl_xor_sync(~0u, sum, o);
-      if (lane == 0) partial[warp * 8 + m] = sum;
+    for (int b = 0; b < kBatch; b++)
+#pragma unroll
+      for (int m = 0; m < MOST; m++) {
+        const int i = first + b * V::kThreads;
+        v[b][m] = make_uint4(0, 0, 0, 0);
+        if (i < eighths && m < M)
+          v[b][m] = reinterpret_cast<const uint4*>(static_cast<const Element*>(a.x) + m * a.x_stride)[i];
+      }
+  };
+  load(tid);
+  float scale[MOST];
+  if (normalise) {
+    float sum[MOST] = {};
+    for (int first = tid;;) {
+#pragma unroll
+      for (int b = 0; b < kBatch; b++)
+#pragma unroll
+        for (int m = 0; m < MOST; m++) sum[m] += sum_of_squares<Element>(v[b][m]);
+      first += kBatch * V::kThreads;
+      if (first - tid >= eighths) break;  // the same for all threads
+      load(first);
+    }
+#pragma unroll
+    for (int m = 0; m < MOST; m++) {
+#pragma unroll
+      for (int o = 16; o > 0; o >>= 1) sum[m] += __shfl_xor_sync(~0u, sum[m], o);
+      if (lane == 0) partial[m * WARPS + warp] = sum[m];
     }
     __syncthreads();
-  }
-  for (int m = 0; m < M; m++) {
-    float scale = 0.f;
-    if (a.norm_weight != nullptr) {
-      for (int w = 0; w < V::kThreads / 32; w++) scale += partial[w * 8 + m];
-      scale = rsqrtf(scale / static_cast<float>(8 * eighths) + a.eps);
+#pragma unroll
+    for (int m = 0; m < MOST; m++) {
+      float total = 0.f;
+#pragma unroll
+      for (int w = 0; w < WARPS; w += 4) {
+        const float4 four = *reinterpret_cast<const float4*>(partial + m * WARPS + w);
+        total += (four.x + four.y) + (four.z + four.w);
+      }
+      scale[m] = rsqrtf(total / static_cast<float>(8 * eighths) + a.eps);
     }
-    for (int i = tid; i < eighths; i += V::kThreads) {
-      uint4 v = row(m)[i];
-      if (a.norm_weight != nullptr)
-        v = normalised<Element>(v, i == tid ? first_norm : reinterpret_cast<const uint4*>(a.norm_weight)[i], scale);
-      const int chunk = i / (4 * P), quarter = i % (4 * P) / P, piece = i % P;
-      staged[((chunk * P + piece) * M + m) * 4 + quarter] = V::Format::ordered(v);
-      if constexpr (V::kRaw) {  // 16 neighbouring threads hold a chunk, which is a group
-        float sum = 0.f;
+    if (eighths > kBatch * V::kThreads) load(tid);  // else the first batch is the only one
+  }
+  for (int first = tid;;) {
 #pragma unroll
-        for (int j = 0; j < 4; j++) {
-          const float2 pair = ElementTraits<Element>::unpack(word_of(v, j));
-          sum += pair.x + pair.y;
-        }
+    for (int b = 0; b < kBatch; b++) {
+      const int i = first + b * V::kThreads;
+      if (i < eighths) {
+        const int chunk = i / (4 * P), quarter = i % (4 * P) / P, piece = i % P;
+        uint4* const to = staged + (chunk * P + piece) * M * 4 + quarter;
+        uint4 weight = first_norm;
+        if (normalise && i != tid) weight = static_cast<const uint4*>(a.norm_weight)[i];
 #pragma unroll
-        for (int o = 8; o > 0; o >>= 1) sum += __shfl_xor_sync(0xffffu << (lane & 16), sum, o);
-        constexpr float kOffset = sizeof(Element) == 2 && Magic<Element>::kBits == 0x43004300u ? 136.f : 1032.f;
-        if ((lane & 15) == 0) offsets[chunk * 8 + m] = -kOffset * sum;
+        for (int m = 0; m < MOST; m++)
+          if (m < M) to[m * 4] = V::Format::ordered(normalise ? normalised<Element>(v[b][m], weight, scale[m]) : v[b][m]);
       }
     }
+    first += kBatch * V::kThreads;
+    if (first - tid >= eighths) break;
+    load(first);
   }
   __syncthreads();
 }
 
-template <typename Element, int FORMAT, int WARPS, int R, bool RAW>
-__global__ void __launch_bounds__(32 * WARPS, 16 / WARPS) linear_vector_kernel(const __grid_constant__ VectorArgs a) {
-  using V = Vector<Element, FORMAT, WARPS, R, RAW>;
-  extern __shared__ __align__(16) uint4 shared[];
+template <typename Element, int FORMAT, int WARPS, int R>
+__global__ void __launch_bounds__(32 * WARPS, WARPS == 8 ? 4 : 2) linear_vector_kernel(const __grid_constant__ VectorArgs a) {
+  using V = Vector<Element, FORMAT, WARPS, R>;
+  extern __shared__ __align__(128) uint4 shared[];
   const int M = a.tokens;
-  uint4* const staged = shared;
-  float* const offsets = reinterpret_cast<float*>(staged + 4 * V::kPieces * a.chunks * M);
-  float* const sums = offsets + (V::kRaw ? a.chunks * 8 : 0);
-  float* const partial = sums + 2 * V::sum_floats(M);
-
   const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5, g = lane >> 2, t = lane & 3;
-  const int chunks_a_warp = (a.chunks + WARPS - 1) / WARPS, first_chunk = warp * chunks_a_warp;
-  const int own = min(a.chunks - first_chunk, chunks_a_warp);  // less than 1 for warps that K leaves without work
+  char* const rings = reinterpret_cast<char*>(shared);
+  uint4* const staged = reinterpret_cast<uint4*>(rings + WARPS * a.depth * V::kStageBytes);
+  float* const sums = reinterpret_cast<float*>(staged + 4 * V::kPieces * a.chunks * M);
+  float* const partial = sums + 2 * V::sum_floats(M);
+  uint32_t* const scale_rings = reinterpret_cast<uint32_t*>(partial + WARPS * 8);
+  const char* const ring = rings + warp * a.depth * V::kStageBytes;
+  uint32_t* const scale_ring = scale_rings + warp * a.depth * V::kScales;
+
+  const int spans_a_warp = ((a.chunks + 1) / 2 + WARPS - 1) / WARPS, first_chunk = 2 * warp * spans_a_warp;
   const bool silu = a.epilogue == MMM_EPILOGUE_SILU;
   const int half = a.rows / 2;
   const uint64_t policy = read_once_policy();
   if (a.overlap) let_next_kernel_start();
 
-  // The ring of chunks under way.
-  typename V::Stage ring[V::kDepth];
-  const char* address[R][2];
-  int scale_index[R][2];
-  int next_tile = blockIdx.x, next_chunk = 0;
-  const auto point_at = [&](int tile) {
+  // Copies of a span: four times four rows of 128 bytes. Lane l copies unit l % 8 of 16 bytes; odd rows swap the halves of their
+  // span, so that two neighbouring rows of a chunk lie in different banks.
+  const int copied_row = lane / 8, copied_unit = lane % 8;
+  const int64_t row_bytes = static_cast<int64_t>(a.chunks) * kChunkBytes;
+  const uint32_t copy_to = shared_address(ring) + copied_row * kSpanBytes + (copied_unit ^ (copied_row & 1) * 4) * 16;
+  int next_tile = blockIdx.x, next_chunk = first_chunk, next_slot = 0;
+  const int end_chunk = first_chunk + 2 * spans_a_warp;
+  const auto first_row = [&](int tile, int r) { return silu ? tile * kTileRows + r * half : (tile * R + r) * kTileRows; };
+  const auto end_row = [&](int r) { return silu ? half + r * half : a.rows; };
+  const auto load = [&] {
+    if (next_tile < a.tiles) {
 #pragma unroll
-    for (int r = 0; r < R; r++)
+      for (int r = 0; r < R; r++) {
+        const int row = first_row(next_tile, r) + copied_row;
+        const char* from = a.weight + row * row_bytes + next_chunk * kChunkBytes + copied_unit * 16;
+        const bool whole = next_chunk + copied_unit / 4 < a.chunks;
 #pragma unroll
-      for (int h = 0; h < 2; h++) {
-        const int place = (silu ? tile : tile * R + r) * kTileRows + g + 8 * h;
-        const int row = silu ? min(place, half - 1) + r * half : min(place, a.rows - 1);
-        address[r][h] = a.weight + (static_cast<int64_t>(row) * a.chunks + first_chunk) * kChunkBytes + t * 16;
-        scale_index[r][h] = FORMAT == MMM_WEIGHT_INT4 ? row * a.chunks + first_chunk : row;
+        for (int i = 0; i < 4; i++)
+          copy_once(copy_to + next_slot * V::kStageBytes + (r * 4 + i) * 4 * kSpanBytes, from + i * 4 * row_bytes,
+                    whole && row + 4 * i < end_row(r), policy);
       }
-  };
-  const auto load = [&](typename V::Stage& stage) {
-    if (next_tile >= a.tiles) return;
-    const bool used = next_chunk < own;
-#pragma unroll
-    for (int r = 0; r < R; r++)
-#pragma unroll
-      for (int h = 0; h < 2; h++) {
-        if (used) stage.weights[r][h] = load_once(address[r][h] + next_chunk * kChunkBytes, policy);
-        if (FORMAT == MMM_WEIGHT_INT4 && used) stage.scales[r][h] = load_16_bits(a.scales, scale_index[r][h] + next_chunk);
-        if (FORMAT == MMM_WEIGHT_INT8 && next_chunk + 1 == chunks_a_warp)
-          stage.scales[r][h] = load_32_bits(a.scales, scale_index[r][h]);
+      if constexpr (FORMAT != MMM_WEIGHT_PLAIN) {
+        uint32_t* const to = scale_ring + next_slot * V::kScales + lane;
+        const int row = first_row(next_tile, lane / kTileRows) + lane % kTileRows;
+        const bool valid = lane < V::kScales && row < end_row(lane / kTileRows);
+        if (FORMAT == MMM_WEIGHT_INT8) {
+          if (valid && next_chunk + 2 == end_chunk) copy_word(shared_address(to), static_cast<const float*>(a.scales) + row);
+        } else {
+          const int64_t index = static_cast<int64_t>(row) * a.chunks + next_chunk;
+          if (!valid || next_chunk >= a.chunks) {
+          } else if (a.chunks % 2 == 0) {
+            copy_word(shared_address(to), static_cast<const unsigned short*>(a.scales) + index);
+          } else {  // two scales that are no aligned word
+            *to = load_16_bits(a.scales, index) | (next_chunk + 1 < a.chunks ? load_16_bits(a.scales, index + 1) << 16 : 0);
+          }
+        }
       }
-    if (++next_chunk == chunks_a_warp) {
-      next_chunk = 0, next_tile += gridDim.x;
-      point_at(next_tile);
+      next_chunk += 2;
+      if (next_chunk == end_chunk) next_chunk = first_chunk, next_tile += gridDim.x;
     }
+    commit_copies();
+    next_slot = next_slot + 1 == a.depth ? 0 : next_slot + 1;
   };
-  point_at(next_tile);
-#pragma unroll
-  for (int u = 0; u < V::kDepth; u++) load(ring[u]);
+  for (int u = 0; u < a.depth; u++) load();
   uint4 first_norm = make_uint4(0, 0, 0, 0);
   if (a.norm_weight != nullptr && tid < a.chunks * 4 * V::kPieces) first_norm = static_cast<const uint4*>(a.norm_weight)[tid];
   if (a.overlap) wait_for_previous_kernel();
@@ -219,68 +257,59 @@ __global__ void __launch_bounds__(32 * WARPS, 16 / WARPS) linear_vector_kernel(c
     return to_float(static_cast<const Element*>(a.residual)[static_cast<int64_t>(token) * columns + row]);
   };
   float residual = residual_of(blockIdx.x, 0);
-  stage_x<V, Element>(a, staged, offsets, partial, first_norm);
+  if (M == 1) stage_rows<V, Element, 1>(a, staged, partial, first_norm);
+  else if (M == 2) stage_rows<V, Element, 2>(a, staged, partial, first_norm);
+  else stage_rows<V, Element, 8>(a, staged, partial, first_norm);
 
   float sum[R][4] = {};
-  const uint4* const own_x = staged + (first_chunk * V::kPieces * M + min(g, M - 1)) * 4 + t;
-  const auto consume = [&](const typename V::Stage& stage, int chunk) {
+  const uint4* const own_x = staged + min(g, M - 1) * 4 + t;
+  // Multiplies one chunk, the first or second of a slot, whose weights are x's `chunk`.
+  const auto consume = [&](int slot, int chunk, int which) {
     const uint4* const x = own_x + chunk * V::kPieces * M * 4;
-    float even[R][4], odd[R][4];
-    if constexpr (FORMAT == MMM_WEIGHT_INT4) {
-      float2 start = make_float2(0.f, 0.f);
-      if (V::kRaw) start = *reinterpret_cast<const float2*>(offsets + (first_chunk + chunk) * 8 + 2 * t);
+    const uint4* const from = reinterpret_cast<const uint4*>(ring + slot * V::kStageBytes) + g * 8 + ((which ^ (g & 1)) * 4 + t);
+    uint4 weights[R][2];
+    float even[R][4] = {}, odd[R][4] = {};
 #pragma unroll
-      for (int r = 0; r < R; r++) {
-        even[r][0] = even[r][2] = start.x, even[r][1] = even[r][3] = start.y;
-#pragma unroll
-        for (int i = 0; i < 4; i++) odd[r][i] = 0.f;
-      }
-    }
+    for (int r = 0; r < R; r++) weights[r][0] = from[r * 128], weights[r][1] = from[r * 128 + 64];
 #pragma unroll
     for (int piece = 0; piece < V::kPieces; piece++) {
       const uint4 b = x[piece * M * 4];
 #pragma unroll
       for (int r = 0; r < R; r++) {
         uint32_t low[4], high[4];
-        if constexpr (V::kRaw) {
-          V::Format::template expand_as<true>(stage.weights[r][0], piece, low);
-          V::Format::template expand_as<true>(stage.weights[r][1], piece, high);
-        } else {
-          V::Format::expand(stage.weights[r][0], piece, low);
-          V::Format::expand(stage.weights[r][1], piece, high);
-        }
+        V::Format::expand(weights[r][0], piece, low);
+        V::Format::expand(weights[r][1], piece, high);
         const uint32_t a0[4] = {low[0], high[0], low[1], high[1]}, a1[4] = {low[2], high[2], low[3], high[3]};
-        if constexpr (FORMAT == MMM_WEIGHT_INT4) {
-          Matrix<Element>::multiply(even[r], a0, b.x, b.y);
-          Matrix<Element>::multiply(odd[r], a1, b.z, b.w);
-        } else {
-          Matrix<Element>::multiply(sum[r], a0, b.x, b.y);
-          Matrix<Element>::multiply(sum[r], a1, b.z, b.w);
-        }
+        float(&into_even)[4] = FORMAT == MMM_WEIGHT_INT4 ? even[r] : sum[r];
+        float(&into_odd)[4] = FORMAT == MMM_WEIGHT_INT4 ? odd[r] : sum[r];
+        Matrix<Element>::multiply(into_even, a0, b.x, b.y);
+        Matrix<Element>::multiply(into_odd, a1, b.z, b.w);
       }
     }
     if constexpr (FORMAT == MMM_WEIGHT_INT4) {
 #pragma unroll
       for (int r = 0; r < R; r++)
 #pragma unroll
-        for (int i = 0; i < 4; i++)
-          sum[r][i] = fmaf(scale_of(stage.scales[r][i / 2], a.scales_are_bfloat16), even[r][i] + odd[r][i], sum[r][i]);
+        for (int h = 0; h < 2; h++) {
+          const uint32_t both = scale_ring[slot * V::kScales + r * kTileRows + g + 8 * h];
+          const float scale = scale_of(which == 0 ? both & 0xffffu : both >> 16, a.scales_are_bfloat16);
+          sum[r][2 * h] = fmaf(scale, even[r][2 * h] + odd[r][2 * h], sum[r][2 * h]);
+          sum[r][2 * h + 1] = fmaf(scale, even[r][2 * h + 1] + odd[r][2 * h + 1], sum[r][2 * h + 1]);
+        }
     }
   };
 
   // Adds the warps' sums of a tile and writes its outputs. One barrier: the buffer of the tile before is free by then.
   int turn = 0;
-  const auto finish = [&](const uint32_t (&scales)[V::kScaled ? R : 1][2], int tile) {
+  const auto finish = [&](int tile) {
     float* const buffer = sums + turn % 2 * V::sum_floats(M);
     float* const mine = buffer + warp * R * M * kSumStride;
 #pragma unroll
     for (int r = 0; r < R; r++)
 #pragma unroll
       for (int i = 0; i < 4; i++) {
-        float value = sum[r][i];
-        if (FORMAT == MMM_WEIGHT_INT8) value *= __uint_as_float(scales[r][i / 2]);
         const int token = 2 * t + i % 2;
-        if (token < M) mine[(r * M + token) * kSumStride + g + i / 2 * 8] = value;
+        if (token < M) mine[(r * M + token) * kSumStride + g + i / 2 * 8] = sum[r][i];
         sum[r][i] = 0.f;
       }
     __syncthreads();
@@ -306,18 +335,26 @@ __global__ void __launch_bounds__(32 * WARPS, 16 / WARPS) linear_vector_kernel(c
     residual = residual_of(tile + gridDim.x, turn);
   };
 
-  int tile = blockIdx.x, chunk = 0;
-  while (tile < a.tiles) {
+  int chunk = first_chunk, slot = 0;
+  for (int tile = blockIdx.x; tile < a.tiles;) {
+    wait_for_oldest(a.depth);
+    __syncwarp();
+    if (chunk < a.chunks) consume(slot, chunk, 0);
+    if (chunk + 1 < a.chunks) consume(slot, chunk + 1, 1);
+    chunk += 2;
+    const bool last = chunk == end_chunk;
+    if (FORMAT == MMM_WEIGHT_INT8 && last) {
 #pragma unroll
-    for (int u = 0; u < V::kDepth; u++) {
-      if (tile >= a.tiles) break;
-      if (chunk < own) consume(ring[u], chunk);
-      const typename V::Stage used = ring[u];
-      load(ring[u]);
-      if (++chunk == chunks_a_warp) {
-        finish(used.scales, tile);
-        chunk = 0, tile += gridDim.x;
-      }
+      for (int r = 0; r < R; r++)
+#pragma unroll
+        for (int i = 0; i < 4; i++) sum[r][i] *= __uint_as_float(scale_ring[slot * V::kScales + r * kTileRows + g + i / 2 * 8]);
+    }
+    __syncwarp();
+    load();
+    slot = slot + 1 == a.depth ? 0 : slot + 1;
+    if (last) {
+      finish(tile);
+      chunk = first_chunk, tile += gridDim.x;
     }
   }
 }

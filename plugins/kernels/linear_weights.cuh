@@ -75,19 +75,13 @@ struct Weights<Element, MMM_WEIGHT_INT8> {
 template <typename Element>
 struct Weights<Element, MMM_WEIGHT_INT4> {
   static constexpr int kInputs = 32;
-  // Pairs of inputs (0, 4), (1, 5), (2, 6), (3, 7). With RAW they are kBase + q + 8, and the caller takes kBase + 8 off the sums.
-  template <bool RAW>
-  static __device__ __forceinline__ void expand_as(const uint4& v, int piece, uint32_t (&pairs)[4]) {
+  // Pairs of inputs (0, 4), (1, 5), (2, 6), (3, 7).
+  static __device__ __forceinline__ void expand(const uint4& v, int piece, uint32_t (&pairs)[4]) {
     constexpr uint32_t kBits = Magic<Element>::kBits;
     const uint32_t word = word_of(v, piece);
 #pragma unroll
-    for (int i = 0; i < 4; i++) {
-      pairs[i] = masked(word >> (4 * i), 0x000f000fu, kBits);
-      if (!RAW) pairs[i] = Magic<Element>::subtract(pairs[i], kBits | 0x00080008u);
-    }
-  }
-  static __device__ __forceinline__ void expand(const uint4& v, int piece, uint32_t (&pairs)[4]) {
-    expand_as<false>(v, piece, pairs);
+    for (int i = 0; i < 4; i++)
+      pairs[i] = Magic<Element>::subtract(masked(word >> (4 * i), 0x000f000fu, kBits), kBits | 0x00080008u);
   }
   static __device__ __forceinline__ uint4 ordered(const uint4& x) {
     return make_uint4(__byte_perm(x.x, x.z, 0x5410), __byte_perm(x.x, x.z, 0x7632), __byte_perm(x.y, x.w, 0x5410),

@@ -157,7 +157,7 @@ typedef struct mmm_linear_args {
   const void* x;           /* (M, K) io_dtype, 16-byte aligned */
   int64_t x_stride;        /* elements from row to row, >= K; on CUDA a multiple of 8 */
   const void* weight;      /* see mmm_weight_format; 16-byte aligned */
-  const void* scales;      /* see mmm_weight_format; NULL for a plain weight */
+  const void* scales;      /* see mmm_weight_format; 16-byte aligned; NULL for a plain weight */
   const void* norm_weight; /* (K,) io_dtype, 16-byte aligned; NULL unless normalise */
   const void* residual;    /* (M, N) io_dtype, contiguous, 16-byte aligned; NULL unless MMM_EPILOGUE_RESIDUAL */
   void* out;               /* (M, N) or (M, N/2) out_dtype, contiguous, 16-byte aligned; may be residual itself where the types are equal
