@@ -11,6 +11,8 @@
 //   shared x in the order of the fragments, M x K x 2 bytes, normalised; the rings; two buffers of partial sums
 #pragma once
 
+#include <type_traits>
+
 #include "linear_weights.cuh"
 #include "matrix.cuh"
 #include "types.cuh"
@@ -39,6 +41,9 @@ struct Vector {
   static constexpr int kThreads = 32 * WARPS;
   static constexpr int kPieces = Format::kInputs / 8;  // 16-byte pieces of x for 16 bytes of weights
   static constexpr int kStageBytes = R * kTileRows * kSpanBytes;
+  // Whether INT4's offset is taken off the sums and not off each weight. In bfloat16 it is 17 times the largest weight, which costs the
+  // sums four bits of float32; in float16 it would be 129 times.
+  static constexpr bool kOffset = FORMAT == MMM_WEIGHT_INT4 && std::is_same<Element, __nv_bfloat16>::value;
   static constexpr int kScales = FORMAT == MMM_WEIGHT_PLAIN ? 0 : R * kTileRows;  // 4-byte words of a stage
 
   static __host__ __device__ int sum_floats(int tokens) { return WARPS * R * tokens * kSumStride; }
@@ -261,41 +266,72 @@ __global__ void __launch_bounds__(32 * WARPS, WARPS == 8 ? 4 : 2) linear_vector_
   else if (M == 2) stage_rows<V, Element, 2>(a, staged, partial, first_norm);
   else stage_rows<V, Element, 8>(a, staged, partial, first_norm);
 
-  float sum[R][4] = {};
+  // Two sums of everything, so that a matrix instruction waits for the one before the last.
+  float sum[2][R][4] = {};
   const uint4* const own_x = staged + min(g, M - 1) * 4 + t;
-  // Multiplies one chunk, the first or second of a slot, whose weights are x's `chunk`.
-  const auto consume = [&](int slot, int chunk, int which) {
+  // Multiplies CHUNKS chunks of a slot, from its chunk `which` on, whose inputs begin at chunk `chunk` of x.
+  const auto consume = [&](int slot, int chunk, int which, auto chunks) {
+    constexpr int CHUNKS = decltype(chunks)::value;
     const uint4* const x = own_x + chunk * V::kPieces * M * 4;
-    const uint4* const from = reinterpret_cast<const uint4*>(ring + slot * V::kStageBytes) + g * 8 + ((which ^ (g & 1)) * 4 + t);
-    uint4 weights[R][2];
-    float even[R][4] = {}, odd[R][4] = {};
+    uint4 weights[CHUNKS][R][2];
+    float part[CHUNKS][2][R][4], offset[CHUNKS][2][4];
 #pragma unroll
-    for (int r = 0; r < R; r++) weights[r][0] = from[r * 128], weights[r][1] = from[r * 128 + 64];
+    for (int c = 0; c < CHUNKS; c++) {
+      const uint4* const from =
+          reinterpret_cast<const uint4*>(ring + slot * V::kStageBytes) + g * 8 + (((which + c) ^ (g & 1)) * 4 + t);
 #pragma unroll
-    for (int piece = 0; piece < V::kPieces; piece++) {
-      const uint4 b = x[piece * M * 4];
+      for (int r = 0; r < R; r++) weights[c][r][0] = from[r * 128], weights[c][r][1] = from[r * 128 + 64];
 #pragma unroll
-      for (int r = 0; r < R; r++) {
-        uint32_t low[4], high[4];
-        V::Format::expand(weights[r][0], piece, low);
-        V::Format::expand(weights[r][1], piece, high);
-        const uint32_t a0[4] = {low[0], high[0], low[1], high[1]}, a1[4] = {low[2], high[2], low[3], high[3]};
-        float(&into_even)[4] = FORMAT == MMM_WEIGHT_INT4 ? even[r] : sum[r];
-        float(&into_odd)[4] = FORMAT == MMM_WEIGHT_INT4 ? odd[r] : sum[r];
-        Matrix<Element>::multiply(into_even, a0, b.x, b.y);
-        Matrix<Element>::multiply(into_odd, a1, b.z, b.w);
-      }
+      for (int k = 0; k < 2; k++)
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+          offset[c][k][i] = 0.f;
+#pragma unroll
+          for (int r = 0; r < R; r++) part[c][k][r][i] = 0.f;
+        }
     }
+#pragma unroll
+    for (int piece = 0; piece < V::kPieces; piece++)
+#pragma unroll
+      for (int c = 0; c < CHUNKS; c++) {
+        const uint4 b = x[(c * V::kPieces + piece) * M * 4];
+        if constexpr (V::kOffset) {  // minus (kBase + 8) times the sum of x, once for all rows
+          constexpr uint32_t kMinus = 0xc308c308u;  // -136, -136
+          const uint32_t minus[4] = {kMinus, kMinus, kMinus, kMinus};
+          Matrix<Element>::multiply(R == 1 ? part[c][0][0] : offset[c][0], minus, b.x, b.y);
+          Matrix<Element>::multiply(R == 1 ? part[c][1][0] : offset[c][1], minus, b.z, b.w);
+        }
+#pragma unroll
+        for (int r = 0; r < R; r++) {
+          uint32_t low[4], high[4];
+          if constexpr (V::kOffset) {
+            V::Format::expand_with_offset(weights[c][r][0], piece, low);
+            V::Format::expand_with_offset(weights[c][r][1], piece, high);
+          } else {
+            V::Format::expand(weights[c][r][0], piece, low);
+            V::Format::expand(weights[c][r][1], piece, high);
+          }
+          const uint32_t a0[4] = {low[0], high[0], low[1], high[1]}, a1[4] = {low[2], high[2], low[3], high[3]};
+          Matrix<Element>::multiply(FORMAT == MMM_WEIGHT_INT4 ? part[c][0][r] : sum[0][r], a0, b.x, b.y);
+          Matrix<Element>::multiply(FORMAT == MMM_WEIGHT_INT4 ? part[c][1][r] : sum[1][r], a1, b.z, b.w);
+        }
+      }
     if constexpr (FORMAT == MMM_WEIGHT_INT4) {
 #pragma unroll
-      for (int r = 0; r < R; r++)
+      for (int c = 0; c < CHUNKS; c++)
 #pragma unroll
-        for (int h = 0; h < 2; h++) {
-          const uint32_t both = scale_ring[slot * V::kScales + r * kTileRows + g + 8 * h];
-          const float scale = scale_of(which == 0 ? both & 0xffffu : both >> 16, a.scales_are_bfloat16);
-          sum[r][2 * h] = fmaf(scale, even[r][2 * h] + odd[r][2 * h], sum[r][2 * h]);
-          sum[r][2 * h + 1] = fmaf(scale, even[r][2 * h + 1] + odd[r][2 * h + 1], sum[r][2 * h + 1]);
-        }
+        for (int r = 0; r < R; r++)
+#pragma unroll
+          for (int h = 0; h < 2; h++) {
+            const uint32_t both = scale_ring[slot * V::kScales + r * kTileRows + g + 8 * h];
+            const float scale = scale_of(which + c == 0 ? both & 0xffffu : both >> 16, a.scales_are_bfloat16);
+#pragma unroll
+            for (int i = 2 * h; i < 2 * h + 2; i++) {
+              float value = part[c][0][r][i] + part[c][1][r][i];
+              if (V::kOffset && R > 1) value += offset[c][0][i] + offset[c][1][i];
+              sum[0][r][i] = fmaf(scale, value, sum[0][r][i]);
+            }
+          }
     }
   };
 
@@ -309,8 +345,8 @@ __global__ void __launch_bounds__(32 * WARPS, WARPS == 8 ? 4 : 2) linear_vector_
 #pragma unroll
       for (int i = 0; i < 4; i++) {
         const int token = 2 * t + i % 2;
-        if (token < M) mine[(r * M + token) * kSumStride + g + i / 2 * 8] = sum[r][i];
-        sum[r][i] = 0.f;
+        if (token < M) mine[(r * M + token) * kSumStride + g + i / 2 * 8] = sum[0][r][i] + sum[1][r][i];
+        sum[0][r][i] = sum[1][r][i] = 0.f;
       }
     __syncthreads();
     int row, token;
@@ -339,15 +375,22 @@ __global__ void __launch_bounds__(32 * WARPS, WARPS == 8 ? 4 : 2) linear_vector_
   for (int tile = blockIdx.x; tile < a.tiles;) {
     wait_for_oldest(a.depth);
     __syncwarp();
-    if (chunk < a.chunks) consume(slot, chunk, 0);
-    if (chunk + 1 < a.chunks) consume(slot, chunk + 1, 1);
+    if (chunk + 1 < a.chunks && R == 1) {
+      consume(slot, chunk, 0, std::integral_constant<int, R == 1 ? 2 : 1>());
+    } else {
+      if (chunk < a.chunks) consume(slot, chunk, 0, std::integral_constant<int, 1>());
+      if (chunk + 1 < a.chunks) consume(slot, chunk + 1, 1, std::integral_constant<int, 1>());
+    }
     chunk += 2;
     const bool last = chunk == end_chunk;
     if (FORMAT == MMM_WEIGHT_INT8 && last) {
 #pragma unroll
       for (int r = 0; r < R; r++)
 #pragma unroll
-        for (int i = 0; i < 4; i++) sum[r][i] *= __uint_as_float(scale_ring[slot * V::kScales + r * kTileRows + g + i / 2 * 8]);
+        for (int i = 0; i < 4; i++) {
+          const float scale = __uint_as_float(scale_ring[slot * V::kScales + r * kTileRows + g + i / 2 * 8]);
+          sum[0][r][i] *= scale, sum[1][r][i] *= scale;
+        }
     }
     __syncwarp();
     load();

@@ -16,7 +16,7 @@ struct Magic;
 
 template <>
 struct Magic<__half> {
-  static constexpr uint32_t kBits = 0x64006400u;  // 1024, 1024
+  static constexpr uint32_t kBits = 0x64006400u;  // kBase is 1024
   static __device__ __forceinline__ uint32_t subtract(uint32_t a, uint32_t b) {
     const __half2 difference = __hsub2(*reinterpret_cast<__half2*>(&a), *reinterpret_cast<__half2*>(&b));
     return *reinterpret_cast<const uint32_t*>(&difference);
@@ -25,7 +25,7 @@ struct Magic<__half> {
 
 template <>
 struct Magic<__nv_bfloat16> {
-  static constexpr uint32_t kBits = 0x43004300u;  // 128, 128
+  static constexpr uint32_t kBits = 0x43004300u;  // kBase is 128
   static __device__ __forceinline__ uint32_t subtract(uint32_t a, uint32_t b) {
     const __nv_bfloat162 difference = __hsub2(*reinterpret_cast<__nv_bfloat162*>(&a), *reinterpret_cast<__nv_bfloat162*>(&b));
     return *reinterpret_cast<const uint32_t*>(&difference);
@@ -77,11 +77,15 @@ struct Weights<Element, MMM_WEIGHT_INT4> {
   static constexpr int kInputs = 32;
   // Pairs of inputs (0, 4), (1, 5), (2, 6), (3, 7).
   static __device__ __forceinline__ void expand(const uint4& v, int piece, uint32_t (&pairs)[4]) {
-    constexpr uint32_t kBits = Magic<Element>::kBits;
+    expand_with_offset(v, piece, pairs);
+#pragma unroll
+    for (int i = 0; i < 4; i++) pairs[i] = Magic<Element>::subtract(pairs[i], Magic<Element>::kBits | 0x00080008u);
+  }
+  // The same, each too large by Magic::kBase + 8.
+  static __device__ __forceinline__ void expand_with_offset(const uint4& v, int piece, uint32_t (&pairs)[4]) {
     const uint32_t word = word_of(v, piece);
 #pragma unroll
-    for (int i = 0; i < 4; i++)
-      pairs[i] = Magic<Element>::subtract(masked(word >> (4 * i), 0x000f000fu, kBits), kBits | 0x00080008u);
+    for (int i = 0; i < 4; i++) pairs[i] = masked(word >> (4 * i), 0x000f000fu, Magic<Element>::kBits);
   }
   static __device__ __forceinline__ uint4 ordered(const uint4& x) {
     return make_uint4(__byte_perm(x.x, x.z, 0x5410), __byte_perm(x.x, x.z, 0x7632), __byte_perm(x.y, x.w, 0x5410),
