@@ -16,7 +16,7 @@ int chunk_inputs(const mmm_linear_shape& shape) {
   return shape.weight_format == MMM_WEIGHT_PLAIN ? 32 : shape.weight_format == MMM_WEIGHT_INT8 ? 64 : 128;
 }
 
-// How the vector kernel is spread. `variant` of a call may say, as decimal digits: [spans under way, 2 to 4] [warps a block, 2 digits:
+// How the vector kernel is spread. `variant` of a call may say, as decimal digits: [spans under way, 1 to 4] [warps a block, 2 digits:
 // 08 or 16] [tiles a turn: 1 or 2] [blocks a multiprocessor]; 1 alone: the tiled kernel.
 struct Spread {
   int depth, warps, tiles_a_turn, blocks;
@@ -24,14 +24,57 @@ struct Spread {
 
 constexpr int kTiledVariant = 1;
 
-Spread spread_of(const mmm_linear_args& args) {
-  if (args.variant == 0) return {3, 8, 1, 2};
-  return {std::clamp(args.variant / 10000 % 10, 2, kMostDepth), args.variant / 100 % 100, args.variant / 10 % 10,
-          std::clamp(args.variant % 10, 1, 4)};
+// The best of a search on an H100 within whole decode steps (benchmarks/linear.py --search), by the shapes of the released model: few
+// tiles with a long or a short K, gate and up, and more tiles.
+Spread best_spread(const mmm_linear_shape& shape, int tokens, const Device& device) {
+  const bool int4 = shape.weight_format == MMM_WEIGHT_INT4, int8 = shape.weight_format == MMM_WEIGHT_INT8;
+  const bool few_tokens = tokens <= 2, plain = !int4 && !int8;
+  const int tiles = (shape.outputs + kTileRows - 1) / kTileRows;
+  if (shape.epilogue == MMM_EPILOGUE_SILU) {
+    if (!few_tokens) return {3, 8, 2, 1};
+    return int4 ? Spread{3, 8, 2, 2} : int8 ? Spread{2, 16, 2, 1} : Spread{4, 8, 2, 1};
+  }
+  if (tiles <= device.multiprocessors) {
+    if (shape.inputs > 4096) return {few_tokens ? 3 : 2, 16, 1, 1};
+    return int8 && few_tokens ? Spread{2, 16, 2, 1} : Spread{3, 8, 1, 1};
+  }
+  if (tiles <= 8 * device.multiprocessors) {
+    if (few_tokens) return {4, 8, 1, plain ? 2 : 3};
+    return plain ? Spread{4, 8, 2, 1} : Spread{2, 8, 1, 2};
+  }
+  if (int4) return few_tokens ? Spread{4, 8, 1, 3} : Spread{3, 8, 1, 2};
+  return {2, 16, 1, 2};
 }
 
-bool is_tiled(const mmm_linear_shape& shape, int variant) {
-  return variant == kTiledVariant || shape.inputs % chunk_inputs(shape) != 0 ||
+Spread spread_of(const mmm_linear_args& args, int tokens, const Device& device) {
+  if (args.variant == 0) return best_spread(args.shape, tokens, device);
+  return {std::clamp(args.variant / 10000 % 10, 1, kMostDepth), args.variant / 100 % 100 == 16 ? 16 : 8,
+          args.variant / 10 % 10 == 2 ? 2 : 1, std::clamp(args.variant % 10, 1, 4)};
+}
+
+// Rows of x that fit into a block's shared memory beside the rings and the sums, 0 to kMostTokens: `Vector::shared_bytes`, at most.
+int tokens_that_fit(const mmm_linear_shape& shape, const Spread& spread, const Device& device) {
+  const int R = shape.epilogue == MMM_EPILOGUE_SILU ? 2 : spread.tiles_a_turn;
+  const int rings = spread.warps * spread.depth * R * kTileRows * (kSpanBytes + 4) + spread.warps * 32;
+  const int a_token = shape.inputs * 2 + 2 * spread.warps * R * kSumStride * 4;
+  return std::clamp((device.shared_memory_per_block - rings) / a_token, 0, kMostTokens);
+}
+
+// Gives up spans under way, then warps, then tiles a turn, where a device has less shared memory.
+Spread fitted(const mmm_linear_shape& shape, Spread spread, int tokens, const Device& device) {
+  while (tokens_that_fit(shape, spread, device) < tokens) {
+    if (spread.depth > 2) spread.depth--;
+    else if (spread.warps == 16) spread.warps = 8;
+    else if (spread.depth > 1) spread.depth--;
+    else if (spread.tiles_a_turn == 2) spread.tiles_a_turn = 1;
+    else break;
+  }
+  return spread;
+}
+
+bool is_tiled(const mmm_linear_shape& shape, int variant, const Device& device) {
+  constexpr Spread kLeast = {1, 8, 1, 1};
+  return variant == kTiledVariant || shape.inputs % chunk_inputs(shape) != 0 || tokens_that_fit(shape, kLeast, device) == 0 ||
          (variant == 0 && shape.tokens > 2 * kMostTokens);
 }
 
@@ -133,20 +176,14 @@ struct Product {
   }
 };
 
-// Rows of x that fit into a block's shared memory, beside the rings and the sums: `Vector::shared_bytes`, of its largest case.
-int tokens_a_launch(const mmm_linear_shape& shape, const Spread& spread, const Device& device) {
-  const int warps = spread.warps == 16 ? 16 : 8, R = shape.epilogue == MMM_EPILOGUE_SILU ? 2 : spread.tiles_a_turn;
-  const int rings = warps * spread.depth * R * kTileRows * (kSpanBytes + 4) + warps * 32;
-  const int a_token = shape.inputs * 2 + 2 * warps * R * kSumStride * 4;
-  return std::max(1, std::min(kMostTokens, (device.shared_memory_per_block - rings) / a_token));
-}
-
 cudaError_t enqueue(const mmm_linear_args& args, const Device& device) {
-  Product product = {args, device, spread_of(args), 0, 0};
-  if (is_tiled(args.shape, args.variant)) return product.enqueue();
-  const int most = tokens_a_launch(args.shape, product.spread, device);
-  for (int first = 0; first < args.shape.tokens; first += most) {
-    product.first_token = first, product.tokens = std::min(most, args.shape.tokens - first);
+  const mmm_linear_shape& shape = args.shape;
+  const int most = std::min(kMostTokens, shape.tokens);
+  Product product = {args, device, fitted(shape, spread_of(args, most, device), most, device), 0, 0};
+  if (is_tiled(shape, args.variant, device)) return product.enqueue();
+  const int fit = tokens_that_fit(shape, product.spread, device);
+  for (int first = 0; first < shape.tokens; first += fit) {
+    product.first_token = first, product.tokens = std::min(fit, shape.tokens - first);
     if (const cudaError_t error = product.enqueue()) return error;
   }
   return cudaSuccess;
