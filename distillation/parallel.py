@@ -26,5 +26,10 @@ class Processes:
             for value in values:
                 dist.all_reduce(value)
 
+    def wait(self) -> None:
+        """Wait for all the others."""
+        if self.count > 1:
+            dist.barrier()
+
 
 SINGLE = Processes()
