@@ -61,7 +61,7 @@ class Layer(nn.Module):
         # The teacher's side is constant here: no gradient leaves a layer.
         u, y = u.detach(), y.detach()
         if recompute and torch.is_grad_enabled():
-            imitated = checkpoint(self.student, u, frame, use_reentrant=False)
+            imitated = checkpoint(self.student, u, frame, use_reentrant=False, preserve_rng_state=False)
         else:
             imitated = self.student(u, frame)
         error = (imitated.to(_wide(y)) - y.to(_wide(y))).square().mean(-1)
@@ -117,12 +117,12 @@ class Network(nn.Module):
         x = self.embed(batch)
         if objective == "answers":
             x, _ = self._run(x, batch, "student")
-            return cross_entropy_sum(self.logits, x, batch.targets, self.logit_tokens)[None]
+            return torch.stack([cross_entropy_sum(self.logits, x, batch.targets, self.logit_tokens)])
         with torch.no_grad():
             wanted, _ = self._run(x, batch, "teacher")
         x, _ = self._run(x, batch, "student")
         weights = batch.valid if positions == "all" else batch.targets >= 0
-        return divergence_sum(self.logits, x, wanted, weights, self.logit_tokens)[None]
+        return torch.stack([divergence_sum(self.logits, x, wanted, weights, self.logit_tokens)])
 
     def hidden(self, batch: Batch, role: Role = "student") -> Tensor:
         """Run both stacks: -> (B, T, hidden), before the final norm."""
@@ -162,7 +162,7 @@ class Network(nn.Module):
                     x, loss = layer(x, frame, role, batch.valid, self.recompute)
                     losses += [] if loss is None else [loss]
                 elif self.recompute and torch.is_grad_enabled():
-                    x, _ = checkpoint(layer, x, frame, role, use_reentrant=False)
+                    x, _ = checkpoint(layer, x, frame, role, use_reentrant=False, preserve_rng_state=False)
                 else:
                     x, _ = layer(x, frame, role)
             if name == "embedding" and self.spec.normalize_embedding:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -15,7 +15,7 @@ from mmm_export import names
 from mmm_export.distillation.layout import student_spec
 from mmm_export.distillation.loading import checkpoint_tensors, network_from_tensors
 from mmm_export.distillation.network import Network
-from mmm_export.distillation.parallel import SINGLE, Processes
+from mmm_export.distillation.parallel import SINGLE, Processes, spread
 from mmm_export.distillation.recipe import Recipe
 from mmm_export.distillation.stage import StageName, StageOptions
 from mmm_export.distillation.states import load_parameters, load_trainer, parameters_state, trainer_state
@@ -68,7 +68,6 @@ class Job:
         force: whether an existing output is replaced.
         device: where it is computed.
         processes: that do it together.
-        shard: spreads a network over them.
     """
 
     teacher: Path
@@ -81,7 +80,6 @@ class Job:
     force: bool = False
     device: str = "cpu"
     processes: Processes = SINGLE
-    shard: Callable[[Network], None] = field(default=lambda network: None)
 
 
 def run_job(
@@ -146,10 +144,11 @@ def _run(
         job.processes.wait()
         with progress.stage("Read the teacher and seed the student"):
             network = build_network(checkpoint, recipe, job.device)
-            job.shard(network)
+            if job.processes.count > 1:
+                spread(network, [*network.layers], job.device)
         for name in job.stages:
             _run_stage(job, network, name, source, work, kept, listener, stop)
-        final = dict(_final_tensors(checkpoint, network, kept, recipe))
+        final = dict(_final_tensors(checkpoint, network, kept, recipe, job.processes.first))
         if job.processes.first:
             dtype = recipe.output.dtype or checkpoint.dtype
             target = spec if recipe.supervised else student_spec(spec, kept)
@@ -268,14 +267,16 @@ def out_of_memory(error: Exception, stage: StageOptions, recipe: Recipe) -> Trai
 
 
 def _final_tensors(
-    checkpoint: Checkpoint, network: Network, kept: tuple[int, ...], recipe: Recipe
+    checkpoint: Checkpoint, network: Network, kept: tuple[int, ...], recipe: Recipe, keep: bool
 ) -> Mapping[str, Tensor]:
     """Give what training changed, whole and on the CPU, by stored name."""
     changed = {}
     for name, value in checkpoint_tensors(network, kept):
         stored = checkpoint.head_name if name == tensors.HEAD else name
         if recipe.supervised or (".attention." in stored and not stored.endswith(("wqkv.weight", "wo.weight"))):
-            changed[stored] = value
+            value = value.cpu()  # gathered by all processes, kept by one
+            if keep:
+                changed[stored] = value
     return changed
 
 

@@ -142,7 +142,7 @@ class StageTrainer:
             waiting.append((step, losses, norm))
             self.step = step + 1
             last = self.step == stage.steps
-            ends = stop()
+            ends = self.processes.any(stop(), self.device)
             due = bool(self.loop.snapshot_steps) and self.step % self.loop.snapshot_steps == 0
             if last or ends or due or self.step % self.loop.log_steps == 0:
                 seconds = time.perf_counter() - begin
