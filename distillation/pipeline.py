@@ -152,7 +152,14 @@ def _run(
         if job.processes.first:
             dtype = recipe.output.dtype or checkpoint.dtype
             target = spec if recipe.supervised else student_spec(spec, kept)
-            write_network(place, checkpoint, final, target, dtype, progress)
+            write_network(
+                place,
+                checkpoint,
+                lambda name: final[name] if name in final else checkpoint.tensor(name),
+                target,
+                dtype,
+                progress,
+            )
         job.processes.wait()
 
 
@@ -283,20 +290,14 @@ def _final_tensors(
 def write_network(
     folder: Path,
     checkpoint: Checkpoint,
-    changed: Mapping[str, Tensor],
+    tensor: Callable[[str], Tensor],
     target: ModelSpec,
     dtype: Dtype,
     progress: Progress,
 ) -> None:
-    """Write a checkpoint: what changed, and all the rest from the teacher's files."""
+    """Write a checkpoint of the teacher's kind, its tensors as `tensor` gives them by name."""
     shapes = tensors.required_shapes(target, head=checkpoint.head_name)
     shapes |= {n: shape for n, shape in tensors.unused_shapes(target).items() if n in checkpoint.names()}
-
-    def tensor(name: str) -> Tensor:
-        if name in changed:
-            return changed[name]
-        return checkpoint.tensor(name)
-
     total = sum(torch.Size(shape).numel() for shape in shapes.values())
     with progress.stage("Write the checkpoint", 2 * total) as advance:
         write_student(
