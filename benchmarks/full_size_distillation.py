@@ -1,6 +1,6 @@
 """What distillation costs at full size, with random weights.
 
-python benchmarks/full_size_distillation.py seed              seeding from a 2.6B teacher; 11 GB of disk; writes results/cpu-seeding.json
+python benchmarks/full_size_distillation.py seed              seeding from a 2.6B teacher: 11 GB of disk, results/cpu-seeding.json
 python benchmarks/full_size_distillation.py seed --tiny       the same in seconds; writes a result only to --results
 python benchmarks/full_size_distillation.py steps             steps of each stage on a GPU, the teacher made in its memory
 python benchmarks/full_size_distillation.py steps --tiny      the same on a tiny model, on the CPU where there is no GPU

@@ -26,11 +26,9 @@ def network_for(name, dtype=torch.float32):
     )
 
 
-def curve(name, loop, *, dtype=torch.float32, options=OPTIONS, trainer=None):
+def curve(name, loop, *, dtype=torch.float32, options=OPTIONS):
     records = []
-    data = toy_data()
-    for key in ("ids", "targets", "valid", "positions", "pixels", "mean", "std"):
-        setattr(data, key, getattr(data, key).cuda())
+    data = toy_data(device="cuda")
     data.dtype = dtype
     trainer = StageTrainer(network_for(name, dtype), name, options, data, loop)
     trainer.run(on_record=records.append)
@@ -64,9 +62,7 @@ def test_bf16_lowers_the_loss_too(name):
 def test_a_recorded_stage_goes_on_from_its_state():
     loop = LoopOptions(cuda_graph=True)
     whole = curve("stage-2", loop)
-    data, states, records = toy_data(), [], []
-    for key in ("ids", "targets", "valid", "positions", "pixels", "mean", "std"):
-        setattr(data, key, getattr(data, key).cuda())
+    data, states, records = toy_data(device="cuda"), [], []
     first = StageTrainer(network_for("stage-2"), "stage-2", OPTIONS, data, loop)
     first.run(
         on_record=records.append, on_snapshot=lambda t: states.append(trainer_state(t)), stop=lambda: first.step == 5
