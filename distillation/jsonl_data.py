@@ -17,7 +17,8 @@ from torch.utils.data import DataLoader, Dataset
 from mmm_export.distillation.batch import Batch
 from mmm_export.distillation.conversation import DataError, Sample, SampleError, read_line, sample_from_conversation
 from mmm_export.distillation.packing import batch_from_samples
-from mmm_export.distillation.recipe import DataOptions
+from mmm_export.distillation.recipe import DataOptions, Recipe
+from mmm_export.model.checkpoint import Checkpoint
 from mmm_export.spec import ModelSpec
 from mmm_export.text import Tokenizer
 
@@ -214,3 +215,25 @@ def line_starts(path: Path) -> NDArray[np.int64]:
     except OSError as error:
         raise DataError(f"{path} cannot be read", found=error.strerror or str(error), wanted="a JSONL file") from error
     return np.array(found, np.int64)
+
+
+def open_data(
+    path: Path,
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    *,
+    images: Path | None = None,
+    strict: bool = False,
+    pin: bool = False,
+) -> JsonlData:
+    """Open the data of a recipe for a model. Arguments and errors as JsonlData; TokenizerError without a tokenizer."""
+    return JsonlData(
+        path,
+        checkpoint.spec,
+        Tokenizer.from_folder(checkpoint.folder),
+        recipe.data,
+        images=images,
+        dtype=torch.float32 if recipe.run.dtype == "fp32" else torch.bfloat16,
+        strict=strict,
+        pin=pin,
+    )

@@ -49,7 +49,7 @@ class RunOptions:
     """How the work is done; it changes speed and memory, and the result by rounding alone.
 
     Attributes:
-        dtype: number format of the activations, and of frozen weights.
+        dtype: number format of the activations, and of frozen weights; not fp16, whose gradients would need scaling.
         recompute: activation checkpointing: forget what a layer computed and compute it again on the way back.
         compile: whether torch.compile compiles the passes.
         cuda_graph: whether a step is recorded once and replayed, see LoopOptions.
@@ -59,7 +59,7 @@ class RunOptions:
         snapshot_steps: steps between two snapshots.
     """
 
-    dtype: Dtype = "bf16"
+    dtype: Literal["fp32", "bf16"] = "bf16"
     recompute: bool = True
     compile: bool = False
     cuda_graph: bool = False
