@@ -16,7 +16,8 @@ from mmm_export.spec import ModelSpec
 
 BYTES: dict[Dtype, int] = {"fp32": 4, "fp16": 2, "bf16": 2}
 MASTER, GRADIENT, MOMENTS = 4, 4, 8  # bytes of a trained parameter, all in float32
-FLOP_PER_S = 3.0e14  # of an H100 at this work, 30 % of its 989e12 in bf16
+# What an H100 reached, benchmarks/results/h100-full-size-distillation.json: imitation is bound by the scan's elementwise work.
+FLOP_PER_S: dict[StageName, float] = {"stage-1": 1.0e14, "stage-2": 1.0e14, "stage-3": 1.7e14, "supervised": 1.7e14}
 SAMPLED = 64  # samples whose length is looked at
 
 
@@ -33,16 +34,25 @@ class Lengths:
 
 @dataclass(frozen=True)
 class StageEstimate:
-    """One stage on each GPU. `tokens` of the whole stage; sizes in bytes."""
+    """One stage on each GPU. `tokens` of the whole stage; sizes in bytes.
+
+    While gradients grow, what the pass kept is given up: memory holds the larger of the two.
+    """
 
     name: StageName
     trained_parameters: int
     weights_bytes: int
-    optimizer_bytes: int
+    moments_bytes: int
+    gradients_bytes: int
     activations_bytes: int
     tokens: float
     flop: float
     seconds: float
+
+    @property
+    def memory_bytes(self) -> int:
+        """Peak of one GPU."""
+        return self.weights_bytes + self.moments_bytes + max(self.gradients_bytes, self.activations_bytes)
 
 
 @dataclass(frozen=True)
@@ -126,12 +136,13 @@ def _stage(
         name=name,
         trained_parameters=trained,
         weights_bytes=weights,
-        optimizer_bytes=trained * (GRADIENT + MOMENTS) // gpus,
+        moments_bytes=trained * MOMENTS // gpus,
+        gradients_bytes=trained * GRADIENT // gpus,
         activations_bytes=round(tokens_in_pass * _bytes_per_token(spec, recipe, name))
         + _logit_bytes(spec, recipe, name, tokens_in_pass),
         tokens=tokens,
         flop=flop,
-        seconds=flop / gpus / FLOP_PER_S,
+        seconds=flop / gpus / FLOP_PER_S[name],
     )
 
 
@@ -145,7 +156,7 @@ def _scan_bytes(spec: ModelSpec) -> float:
     chunk = 128 if spec.head_dim >= 128 else 64
     products = 4 * spec.heads * chunk  # decays and scores inside a chunk, before and after they are multiplied
     states = 4 * spec.heads * spec.head_dim * spec.state_dim / chunk
-    rows = 6 * spec.conv_channels + 8 * spec.heads * spec.head_dim
+    rows = 4 * spec.conv_channels + 6 * spec.heads * spec.head_dim
     return 4.0 * (products + states + rows)
 
 
@@ -153,13 +164,14 @@ def _bytes_per_token(spec: ModelSpec, recipe: Recipe, name: StageName) -> float:
     value = BYTES[recipe.run.dtype]
     scan = _scan_bytes(spec) + value * spec.projected_size
     if name in ("stage-1", "stage-2"):
-        kept = value * 2 * spec.hidden_size + 4 * spec.hidden_size  # what each student reads and imitates
+        kept = value * spec.hidden_size + 4 * spec.hidden_size  # what each student reads, and its error
         return spec.layers * kept + scan if recipe.run.recompute else spec.layers * (kept + scan)
     mlp = value * 4 * spec.intermediate_size + value * 12 * spec.hidden_size
-    mixer = scan if name == "stage-3" else value * 4 * spec.conv_channels
+    attention = value * 4 * spec.conv_channels
+    students = 0 if recipe.supervised else spec.layers - len(recipe.layout.kept(spec.layers))
     if recipe.run.recompute:
-        return spec.layers * value * spec.hidden_size + mlp + mixer
-    return spec.layers * (mlp + mixer)
+        return spec.layers * value * spec.hidden_size + mlp + (scan if students else attention)
+    return spec.layers * mlp + students * scan + (spec.layers - students) * attention
 
 
 def _logit_bytes(spec: ModelSpec, recipe: Recipe, name: StageName, tokens: float) -> int:

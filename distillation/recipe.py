@@ -51,7 +51,7 @@ class RunOptions:
     Attributes:
         dtype: number format of the activations, and of frozen weights; not fp16, whose gradients would need scaling.
         recompute: activation checkpointing: forget what a layer computed and compute it again on the way back.
-        compile: whether torch.compile compiles the passes.
+        compile: whether torch.compile compiles the layers.
         cuda_graph: whether a step is recorded once and replayed, see LoopOptions.
         deterministic: whether to take only kernels that give the same bits each time.
         logit_tokens: positions whose logits are in memory at a time.

@@ -87,7 +87,7 @@ def test_the_scan_and_its_gradient_on_the_gpu_are_those_of_float64_on_the_cpu(se
     segments = (torch.arange(500) // 130).expand(2, -1) if segmented else None
     results = []
     for device, dtype in (("cpu", torch.float64), ("cuda", torch.float32)):
-        given = projected.to(device, dtype).requires_grad_(True)
+        given = projected.detach().clone().to(device, dtype).requires_grad_(True)
         parts = scan.ScanWeights(*(w.to(device, dtype) for w in weights))
         y = scan_sequences(given, None if segments is None else segments.to(device), parts, sizes)
         y.square().sum().backward()

@@ -31,17 +31,17 @@ def estimates(found: Estimate) -> str:
             f"data: {lengths.samples:,} samples; of {lengths.looked_at} looked at, {lengths.unusable} are unusable, the others "
             f"have {lengths.mean_tokens:,.0f} tokens on average, {lengths.longest_tokens:,} at most"
         )
-    rows = [["stage", "trained", "weights", "optimizer", "activations", "memory", "tokens", "FLOP", "time"]]
+    rows = [["stage", "trained", "weights", "moments", "gradients", "activations", "memory", "tokens", "FLOP", "time"]]
     for stage in found.stages:
-        memory = stage.weights_bytes + stage.optimizer_bytes + stage.activations_bytes
         rows.append(
             [
                 stage.name,
                 f"{stage.trained_parameters / 1e6:,.1f} M",
                 size(stage.weights_bytes),
-                size(stage.optimizer_bytes),
+                size(stage.moments_bytes),
+                size(stage.gradients_bytes),
                 size(stage.activations_bytes),
-                size(memory),
+                size(stage.memory_bytes),
                 f"{stage.tokens / 1e9:,.2f} G",
                 f"{stage.flop:.2e}",
                 in_words(stage.seconds),
