@@ -30,6 +30,7 @@ from mmm_export.output import output_folder
 from mmm_export.progress import Progress, SilentProgress
 from mmm_export.spec import ModelSpec
 
+VALUE_BYTES: dict[Dtype, int] = {"fp32": 4, "fp16": 2, "bf16": 2}
 DTYPES: dict[Dtype, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -131,10 +132,18 @@ def _run(
     spec = checkpoint.spec
     check_teacher(spec, recipe)
     kept = recipe.layout.kept(spec.layers)
+    dtype = recipe.output.dtype or checkpoint.dtype
+    target = spec if recipe.supervised else student_spec(spec, kept)
     with ExitStack() as stack:
         if job.processes.first:
             place = stack.enter_context(
-                output_folder(job.output, force=job.force, marker=names.CONFIG_FILE, protect=(job.teacher,))
+                output_folder(
+                    job.output,
+                    force=job.force,
+                    needed_bytes=checkpoint_bytes(checkpoint, target, dtype),
+                    marker=names.CONFIG_FILE,
+                    protect=(job.teacher,),
+                )
             )
         source = data(checkpoint)
         identity = work_identity(recipe, str(sorted(checkpoint.config.items())), job.data_identity)
@@ -150,8 +159,6 @@ def _run(
             _run_stage(job, network, name, source, work, kept, listener, stop)
         final = dict(_final_tensors(checkpoint, network, kept, recipe, job.processes.first))
         if job.processes.first:
-            dtype = recipe.output.dtype or checkpoint.dtype
-            target = spec if recipe.supervised else student_spec(spec, kept)
             write_network(
                 place,
                 checkpoint,
@@ -248,7 +255,11 @@ def _run_stage(
             path = work.save_bad_batch(trainer.batches_of(trainer.step), indices, job.processes.rank)
             error.hint = f"{error.hint}: {path}"
             raise
-        except torch.cuda.OutOfMemoryError as error:
+        except (RuntimeError, MemoryError) as error:
+            if not isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError)) and "allocate memory" not in str(
+                error
+            ):
+                raise
             raise out_of_memory(error, stage, job.recipe) from error
     if trainer.step < stage.steps:
         raise _StoppedError
@@ -269,7 +280,7 @@ def out_of_memory(error: Exception, stage: StageOptions, recipe: Recipe) -> Trai
     else:
         advice = f"lower data.max_tokens, which is {recipe.data.max_tokens}, or use more GPUs"
     return TrainingError(
-        "the GPU's memory is full", found=str(error).splitlines()[0][:160], wanted="a pass that fits", hint=advice
+        "the memory is full", found=(str(error).splitlines() or [""])[0][:160], wanted="a pass that fits", hint=advice
     )
 
 
@@ -296,20 +307,29 @@ def write_network(
     progress: Progress,
 ) -> None:
     """Write a checkpoint of the teacher's kind, its tensors as `tensor` gives them by name."""
-    shapes = tensors.required_shapes(target, head=checkpoint.head_name)
-    shapes |= {n: shape for n, shape in tensors.unused_shapes(target).items() if n in checkpoint.names()}
-    total = sum(torch.Size(shape).numel() for shape in shapes.values())
-    with progress.stage("Write the checkpoint", 2 * total) as advance:
+    width = VALUE_BYTES[dtype]
+    with progress.stage("Write the checkpoint", checkpoint_bytes(checkpoint, target, dtype)) as advance:
         write_student(
             folder,
             target,
             checkpoint.config,
-            shapes,
+            _shapes(checkpoint, target),
             tensor,
             dtype=dtype,
             tokenizer=checkpoint.folder,
-            advance=lambda values: advance(2 * values),
+            advance=lambda values: advance(width * values),
         )
+
+
+def checkpoint_bytes(checkpoint: Checkpoint, target: ModelSpec, dtype: Dtype) -> int:
+    """Size of a student's weights on the disk."""
+    return VALUE_BYTES[dtype] * sum(torch.Size(shape).numel() for shape in _shapes(checkpoint, target).values())
+
+
+def _shapes(checkpoint: Checkpoint, target: ModelSpec) -> dict[str, tensors.Shape]:
+    """Every tensor of a student: what it needs, and what the teacher stores besides."""
+    shapes = tensors.required_shapes(target, head=checkpoint.head_name)
+    return shapes | {n: shape for n, shape in tensors.unused_shapes(target).items() if n in checkpoint.names()}
 
 
 def random_teacher(folder: Path, spec: ModelSpec, *, seed: int, dtype: Dtype = "fp32", tokenizer: Path | None) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mmm_export import names
 from mmm_export.distillation.layout import student_spec
-from mmm_export.distillation.pipeline import check_teacher, write_network
+from mmm_export.distillation.pipeline import check_teacher, checkpoint_bytes, write_network
 from mmm_export.distillation.recipe import Recipe
 from mmm_export.distillation.seeding import seeded_tensor
 from mmm_export.errors import OptionError
@@ -64,5 +64,6 @@ def seed_student(
         )
 
     dtype = recipe.output.dtype or checkpoint.dtype
-    with output_folder(output, force=force, marker=names.CONFIG_FILE, protect=(teacher,)) as place:
+    size = checkpoint_bytes(checkpoint, target, dtype)
+    with output_folder(output, force=force, needed_bytes=size, marker=names.CONFIG_FILE, protect=(teacher,)) as place:
         write_network(place, checkpoint, tensor, target, dtype, progress or SilentProgress())
