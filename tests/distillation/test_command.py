@@ -16,6 +16,7 @@ from mmm_export.distillation.pipeline import random_teacher
 from mmm_export.model.checkpoint import Checkpoint
 from mmm_export.model.testing import tiny_spec
 from mmm_export.model.testing.vocabulary import write_tokenizer
+from mmm_export.onnxruntime_support import best_body
 
 RECIPE = """
 seed: 3
@@ -136,3 +137,14 @@ def test_what_cannot_be_run_is_refused_before_anything_is_written(command, tmp_p
 def test_data_is_asked_for_before_the_teacher_is_read(command, capsys):
     assert run(cli, command(data=None)) == 2
     assert "--data" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layers", [0, 1])
+def test_the_student_is_exported_at_once_and_the_bundle_computes_what_it_computes(command, place, tmp_path, layers):
+    text = RECIPE.replace("attention_layers: 1", f"attention_layers: {layers}")
+    (place / f"recipe-{layers}.yaml").write_text(text, encoding="utf-8")
+    assert run(cli, command(recipe=f"recipe-{layers}.yaml")) == 0
+    student, bundle = str(tmp_path / "student"), str(tmp_path / "bundle")
+    assert run(cli, ["onnx", student, "-o", bundle, "--max-tokens", "256", "--body", best_body()]) == 0
+    assert run(cli, ["verify", bundle, "--checkpoint", student, "--new-tokens", "2"]) == 0
