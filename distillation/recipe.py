@@ -94,8 +94,12 @@ class Recipe:
 
     Attributes:
         seed: of the drawn starting values and of the order of samples.
-        stages: what is run, by name, in order.
-        objective: "distill" makes a student; "supervised" trains the given model itself on the answers.
+        stages: what is run, by name, in order; "supervised" alone trains the given model itself.
+        seeding: what students start from.
+        layout: which layers stay attention.
+        data: how samples become batches.
+        run: how the work is done.
+        output: what is written.
     """
 
     stages: Mapping[StageName, StageOptions]
