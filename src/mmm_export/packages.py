@@ -12,6 +12,7 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "demo": ("skimage",),
     "distill": ("torch", "ruamel"),
     "tensorboard": ("tensorboard",),
+    "bench": ("matplotlib",),
     "plugins": ("elftools",),
 }
 
