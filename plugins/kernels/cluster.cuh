@@ -58,7 +58,7 @@ __device__ __forceinline__ void Mailbox::wait() const {
       "{\n"
       ".reg .pred done;\n"
       "again:\n"
-      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], 0;\n"
+      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], 0;\n"
       "@!done bra again;\n"
       "}" ::"r"(shared_address(&barrier))
       : "memory");

@@ -19,6 +19,7 @@ from tensorrt_tools.engines import (
     Engine,
     build_engines,
     graph_tensors,
+    node_engine,
     profile,
     stripped_decoder,
 )
@@ -142,18 +143,6 @@ class TestModel:
             path.write_text(found)
         assert path.is_file(), "no listing is stored; UPDATE_GOLDEN=1 writes it"
         assert found == path.read_text(), "the layers changed; look at the difference, then UPDATE_GOLDEN=1 stores them"
-
-
-def node_engine(folder: Path, model: bytes) -> Engine:
-    """Build an engine of one node whose weights are inputs."""
-    path = folder / "node.onnx"
-    path.write_bytes(model)
-    shapes = {
-        value.name: [{"B": 2, "T": 3}.get(d.dim_param, d.dim_value) for d in value.type.tensor_type.shape.dim]
-        for value in onnx.load(path).graph.input
-    }
-    (engine,) = build_engines(folder, path, ["8.6"], [{name: [shape] * 3 for name, shape in shapes.items()}])
-    return engine
 
 
 def with_attribute(name: str, value: object) -> Callable[[onnx.NodeProto], None]:
