@@ -111,8 +111,8 @@ def test_a_library_of_others_is_an_error_and_gives_exit_code_1(
         ),
         (
             "int RegisterCustomOps;",
-            ("-Wl,-rpath,/home/someone/lib",),
-            "warning: it names folders in which the loader looks for libraries: /home/someone/lib",
+            ("-Wl,-rpath,/opt/elsewhere/lib",),
+            "warning: it names folders in which the loader looks for libraries: /opt/elsewhere/lib",
         ),
     ],
     ids=["undefined", "incomplete", "too much", "runpath"],
