@@ -61,10 +61,30 @@ def kernels_table(results: Results) -> str:
     )
 
 
+def linear_table(results: Results) -> str:
+    """The steps, with the bytes' time at the rate of a copy."""
+    names = {"plain": "bf16", "int8": "INT8", "int4": "INT4, group 128"}
+    peers = {row["batch"]: row["peer_ms"] for row in results["rows"] if row.get("peer_ms")}
+    rows = [
+        (
+            f"{names[row['weight_format']]}, batch {row['batch']}",
+            f"{row['products_ms']:.2f}",
+            f"{row['chain_ms']:.2f}",
+            f"{peers[row['batch']]:.2f}",
+            f"{peers[row['batch']] / row['products_ms']:.1f} times",
+            f"{row['floor_ms']:.2f}",
+        )
+        for row in results["rows"]
+        if row["name"] == "linear_step"
+    ]
+    return _table(("weights, ms a step", "products", "chain", "cuBLAS, bf16", "faster", "floor"), rows)
+
+
 RENDERERS: dict[str, Callable[[Results], str]] = {
     "cpu-export": export_table,
     "cpu-runtime-memory": memory_table,
     "h200-kernels": kernels_table,
+    "h100-linear": linear_table,
 }
 
 
