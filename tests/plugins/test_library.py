@@ -162,8 +162,11 @@ def test_files_that_are_no_library_are_named(tmp_path: Path, kernel_folder: Path
         "empty.so": (b"", "is not a shared library"),
         "text.so": (b"This is a note about a shared library.", "is not a shared library"),
         "narrow.so": (whole[:4] + b"\x01" + whole[5:], "is not a shared library"),  # 32 bits
-        "cut.so": (whole[:4000], "cannot be loaded"),
-        "header.so": (whole[:64], "cannot be loaded"),
+        "cut.so": (whole[:4000], "is cut off"),
+        "last-byte.so": (whole[:-1], "is cut off"),
+        "header.so": (whole[:64], "is cut off"),
+        "half-header.so": (whole[:40], "is cut off"),
+        "object.so": (whole[:16] + b"\x01" + whole[17:], "is not a shared library"),
         "short.so": (whole[:19], "is not a shared library"),
     }
     for name, (content, text) in files.items():
