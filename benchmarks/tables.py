@@ -91,6 +91,25 @@ def distillation_table(results: Results) -> str:
     return _table(("stage", "trained", "recompute", "optimizer step", "tokens/s", "peak memory"), rows)
 
 
+def linear_table(results: Results) -> str:
+    """The steps with the spreads that the search found, and the bytes' time at the rate of a copy."""
+    names = {"plain": "bf16", "int8": "INT8", "int4": "INT4, group 128"}
+    peers = {row["batch"]: row["peer_ms"] for row in results["rows"] if row.get("peer_ms")}
+    rows = [
+        (
+            f"{names[row['weight_format']]}, batch {row['batch']}",
+            f"{row['best_products_ms']:.2f}",
+            f"{row['best_chain_ms']:.2f}",
+            f"{peers[row['batch']]:.2f}",
+            f"{peers[row['batch']] / row['best_products_ms']:.1f} times",
+            f"{row['floor_ms']:.2f}",
+        )
+        for row in results["rows"]
+        if row["name"] == "linear_step"
+    ]
+    return _table(("weights, ms a step", "products", "chain", "cuBLAS, bf16", "faster", "floor"), rows)
+
+
 def cpu_kernels_table(results: Results) -> str:
     rows = [
         (
@@ -113,6 +132,7 @@ RENDERERS: dict[str, Callable[[Results], str]] = {
     "cpu-runtime-memory": memory_table,
     "cpu-seeding": seeding_table,
     "h100-full-size-distillation": distillation_table,
+    "h100-linear": linear_table,
 }
 GPU_KERNELS = "gpu-kernels"  # stands for the result files of all GPUs
 
