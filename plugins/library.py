@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import json
-import platform
-import struct
 from enum import IntEnum
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from mmm_export.errors import KernelError
+from mmm_export.library_file import check_library_file
 
 ABI_VERSION = 2
 STATUS_TEXT_BYTES = 384
@@ -243,10 +242,11 @@ def load_library(path: Path | str) -> KernelLibrary:
     """Load a kernel library, libmmm_kernels.so.
 
     Raises:
-        KernelError: there is no such file, it is no kernel library, or it was built for another processor or version.
+        KernelError: there is no such file, it is no kernel library or not a whole one, or it was built for another
+            processor or version.
     """
     path = Path(path)
-    _check_elf(path)
+    check_library_file(path)
     try:
         functions = ctypes.CDLL(str(path.resolve()))
     except OSError as error:
@@ -271,61 +271,3 @@ def load_library(path: Path | str) -> KernelLibrary:
 
 
 _REBUILD = "build one for this machine: mmm-export plugins build"
-# e_machine of an ELF header, by what platform.machine() calls the processor.
-_ELF_MACHINES = {"x86_64": 62, "aarch64": 183}
-
-
-def _check_elf(path: Path) -> None:
-    """Raise KernelError unless the file is a 64-bit library for this processor; the loader's own words are poor here."""
-    try:
-        with path.open("rb") as file:
-            header = file.read(64)
-            wanted_bytes = _bytes_to_map(header, file)
-            size = file.seek(0, 2)
-    except FileNotFoundError:
-        raise KernelError(f"there is no kernel library at {path}", hint=_REBUILD) from None
-    except OSError as error:
-        raise KernelError(f"{path} cannot be read", found=error.strerror, wanted="a kernel library") from error
-    if len(header) < 20 or header[:5] != b"\x7fELF\x02":
-        raise KernelError(
-            f"{path} is not a shared library",
-            found=f"a file that begins with {header[:5]!r}",
-            wanted="a 64-bit ELF library",
-            hint=_REBUILD,
-        )
-    if wanted_bytes > size:  # the loader would map what is not there, and end this process with a bus error
-        raise KernelError(
-            f"{path} cannot be loaded",
-            found=f"the first {size} bytes of a library",
-            wanted=f"{wanted_bytes} bytes at least",
-            hint=_REBUILD,
-        )
-    here = platform.machine()
-    order = "<" if header[5] == 1 else ">"
-    (machine,) = struct.unpack(f"{order}H", header[18:20])
-    if machine != _ELF_MACHINES.get(here, machine):
-        built_for = next(
-            (name for name, number in _ELF_MACHINES.items() if number == machine), f"ELF machine {machine}"
-        )
-        raise KernelError(
-            f"{path} was built for another processor", found=built_for, wanted=here, hint="mmm-export plugins build"
-        )
-
-
-def _bytes_to_map(header: bytes, file: BinaryIO) -> int:
-    """Return how long a 64-bit ELF file is at least by what it wants mapped; 0 for what is no such file."""
-    if len(header) < 64 or header[:5] != b"\x7fELF\x02":
-        return 0
-    order = "<" if header[5] == 1 else ">"
-    (table,) = struct.unpack_from(f"{order}Q", header, 32)
-    entry_bytes, entries = struct.unpack_from(f"{order}HH", header, 54)
-    file.seek(min(table, 1 << 40))
-    read = file.read(entry_bytes * entries)
-    if len(read) < entry_bytes * entries or entry_bytes < 56:
-        return int(table + entry_bytes * entries)
-    end = 0
-    for at in range(0, len(read), entry_bytes):
-        (kind,) = struct.unpack_from(f"{order}I", read, at)
-        offset, _, _, length = struct.unpack_from(f"{order}4Q", read, at + 8)
-        end = max(end, int(offset + length) if kind == 1 else 0)  # PT_LOAD
-    return end

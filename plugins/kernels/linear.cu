@@ -25,26 +25,23 @@ struct Spread {
 
 constexpr int kTiledVariant = 1;
 
-// The best of a search on an H100 within whole decode steps (benchmarks/linear.py --search), by the shapes of the released model: few
-// tiles with a long or a short K, gate and up, and more tiles.
+// The best of a search on an H100 within whole decode steps (benchmarks/linear.py --search), at batch 1 and 8, by the shapes of the
+// released model: few tiles with a long or a short K (down, out), some (in), many (gate and up), and the head.
 Spread best_spread(const mmm_linear_shape& shape, int tokens, const Device& device) {
-  const bool int4 = shape.weight_format == MMM_WEIGHT_INT4, int8 = shape.weight_format == MMM_WEIGHT_INT8;
-  const bool few_tokens = tokens <= 2, plain = !int4 && !int8;
-  const int tiles = (shape.outputs + kTileRows - 1) / kTileRows;
-  if (shape.epilogue == MMM_EPILOGUE_SILU) {
-    if (!few_tokens) return {3, 8, 2, 1};
-    return int4 ? Spread{3, 8, 2, 2} : int8 ? Spread{2, 16, 2, 1} : Spread{4, 8, 2, 1};
-  }
-  if (tiles <= device.multiprocessors) {
-    if (shape.inputs > 4096) return {few_tokens ? 3 : 2, 16, 1, 1};
-    return int8 && few_tokens ? Spread{2, 16, 2, 1} : Spread{3, 8, 1, 1};
-  }
-  if (tiles <= 8 * device.multiprocessors) {
-    if (few_tokens) return {4, 8, 1, plain ? 2 : 3};
-    return plain ? Spread{4, 8, 2, 1} : Spread{2, 8, 1, 2};
-  }
-  if (int4) return few_tokens ? Spread{4, 8, 1, 3} : Spread{3, 8, 1, 2};
-  return {2, 16, 1, 2};
+  const int tiles = (shape.outputs + kTileRows - 1) / kTileRows, processors = device.multiprocessors;
+  const bool few_tokens = tokens <= 2;
+  enum { kDown, kOut, kIn, kGateUp, kHead } place = kHead;
+  if (tiles <= processors) place = shape.inputs > 4096 ? kDown : kOut;
+  else if (tiles <= 4 * processors) place = kIn;
+  else if (tiles <= 8 * processors) place = kGateUp;
+  if (shape.epilogue == MMM_EPILOGUE_SILU) place = kGateUp;
+  constexpr Spread kFewTokens[3][5] = {{{3, 16, 2, 1}, {3, 8, 1, 1}, {3, 8, 1, 3}, {3, 16, 2, 1}, {2, 16, 1, 2}},
+                                       {{2, 16, 2, 1}, {2, 16, 2, 1}, {2, 16, 2, 1}, {2, 16, 2, 1}, {2, 16, 1, 2}},
+                                       {{4, 16, 1, 1}, {4, 8, 1, 1}, {4, 8, 1, 3}, {3, 8, 2, 2}, {2, 8, 1, 3}}};
+  constexpr Spread kMoreTokens[3][5] = {{{4, 8, 1, 1}, {3, 8, 1, 1}, {4, 8, 2, 1}, {4, 8, 2, 1}, {2, 16, 1, 2}},
+                                        {{2, 16, 1, 1}, {3, 8, 1, 1}, {2, 8, 1, 2}, {3, 8, 2, 1}, {2, 16, 1, 2}},
+                                        {{2, 16, 1, 1}, {4, 8, 1, 1}, {4, 8, 1, 2}, {3, 16, 2, 1}, {2, 8, 1, 2}}};
+  return (few_tokens ? kFewTokens : kMoreTokens)[shape.weight_format][place];  // formats count from 0: plain, INT8, INT4
 }
 
 Spread spread_of(const mmm_linear_args& args, int tokens, const Device& device) {

@@ -182,7 +182,7 @@ __device__ __forceinline__ void stage_rows(const VectorArgs& a, uint4* staged, f
 }
 
 template <typename Element, int FORMAT, int WARPS, int R>
-__global__ void __launch_bounds__(32 * WARPS, WARPS == 8 ? 4 : 2) linear_vector_kernel(const __grid_constant__ VectorArgs a) {
+__global__ void __launch_bounds__(32 * WARPS, WARPS == 8 ? 3 : 1) linear_vector_kernel(const __grid_constant__ VectorArgs a) {
   using V = Vector<Element, FORMAT, WARPS, R>;
   extern __shared__ __align__(128) uint4 shared[];
   const int M = a.tokens;
