@@ -126,8 +126,15 @@ def _lower(model: ir.Model, path: Path, operators: Operators, max_alloc_bytes: i
 
 
 def refuse_foreign_operators(model: ir.Model, name: str) -> None:
-    """Raise EngineError for a graph with operators that no TensorRT has: what `--standard-ops` writes."""
+    """Raise EngineError for a graph with operators that no engine is built from: what `--standard-ops` and `--fuse` write."""
     used = {node.op_type for node in model.graph}
+    if names.LINEAR_OP in used:
+        raise EngineError(
+            f"{name} of the bundle cannot become an engine",
+            found=f"{names.LINEAR_OP} nodes: the bundle was exported with --fuse, for ONNX Runtime",
+            wanted="plain matrix products, which TensorRT fuses itself",
+            hint="export the bundle again without --fuse",
+        )
     foreign = sorted(used & {"LinearAttention", "CausalConvWithState"})
     if foreign:
         raise EngineError(

@@ -169,10 +169,11 @@ def test_a_graph_of_another_form_is_refused_with_a_way_out(
     assert "is not written as the export writes it" in str(caught.value.found)
 
 
-def test_a_bundle_of_standard_operators_is_refused(
-    make_checkpoint: Callable[..., Path], make_bundle: Callable[..., Path], tmp_path: Path
+@pytest.mark.parametrize(("option", "flag"), [("standard_ops", "--standard-ops"), ("fuse", "--fuse")])
+def test_a_bundle_of_other_operators_is_refused(
+    make_checkpoint: Callable[..., Path], make_bundle: Callable[..., Path], tmp_path: Path, option: str, flag: str
 ) -> None:
-    folder = make_bundle(make_checkpoint("linear"), standard_ops=True)
+    folder = make_bundle(make_checkpoint("linear"), **{option: True})
     with pytest.raises(EngineError, match="cannot become an engine") as caught:
         lowered.lower(folder, tmp_path, NATIVE)
-    assert "without --standard-ops" in str(caught.value.hint)
+    assert f"without {flag}" in str(caught.value.hint)

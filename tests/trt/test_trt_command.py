@@ -16,6 +16,7 @@ from mmm_export.command_line import run
 from mmm_export.engine_plugin import choose_plugin
 from mmm_export.errors import EngineError, KernelError
 from mmm_export.exporter.trt import libraries
+from mmm_export.plugins.library import ABI_VERSION
 from trt import lowered
 
 MACHINE = platform.machine()
@@ -118,7 +119,7 @@ class TestPlugin:
             choose_plugin(plugin_library(), (86, 89), "tensorrt-rtx", MACHINE)
         assert caught.value.found == "a library that computes on the CPU"
         chosen = choose_plugin(plugin_library(), (86, 89), "tensorrt-rtx", MACHINE, any_device=True)
-        assert (chosen.info.architectures, chosen.info.abi, chosen.info.needed) == ((), 1, True)
+        assert (chosen.info.architectures, chosen.info.abi, chosen.info.needed) == ((), ABI_VERSION, True)
 
     @pytest.mark.parametrize(
         ("there", "wanted", "runs"),
