@@ -43,7 +43,7 @@ struct Warpgroups {
   struct Shared {
     Tile tiles[STAGES][TILES];
     uint4 mask[HEADS][STATE_ONLY ? 1 : kChunk * 8];          // (q k^T) decayed, below the diagonal; a swizzled tile
-    uint4 gate[2 * HEADS][STATE_ONLY ? 1 : kChunk * 8];      // each warpgroup's 64 columns, a swizzled tile; then y
+    uint4 gate[2][2 * HEADS][STATE_ONLY ? 1 : kChunk * 8];   // two chunks', each warpgroup's 64 columns; then y
     uint4 raw[STAGES][TILES][kChunk + HALO][UNITS];
     float4 taps[TAPS + 1][TILES][2][UNITS];
     float norm_weight[STATE_ONLY ? 1 : D];
@@ -57,22 +57,42 @@ struct WarpgroupScan : ChunkedScan<Element, C> {
   using Shared = typename C::Shared;
   using M = Matrix<Element>;
   using W = WarpgroupMatrix<Element>;
-  using Base::args, Base::shared, Base::own, Base::place, Base::group, Base::warp, Base::lane, Base::row, Base::column, Base::head,
+  using Base::args, Base::shared, Base::place, Base::group, Base::warp, Base::lane, Base::row, Base::column, Base::head,
       Base::channels, Base::raw_dt, Base::total;
   static constexpr int D = C::D, STAGE_BYTES = sizeof(Shared::raw) / C::STAGES;
 
   float S[64];  // 4j + e: entry e of the fragment in columns 8j.. of rows 16 * warp + row (+8)
   int across;  // byte offset in a 64-wide tile of the unit that this lane names when 16 x 16 fragments are read across rows
 
-  __device__ __forceinline__ WarpgroupScan(const ChunkedArgs& args, Shared& shared) : Base(args, shared) {
+  int thread;
+
+  __device__ __forceinline__ WarpgroupScan(const ChunkedArgs& args, Shared& shared) : Base(args, shared) { locate(); }
+
+  // Derive the thread's place anew. Called in the loop over chunks, so that what follows from it is computed where it is used:
+  // the compiler would otherwise do so before the loop, and spill what the registers cannot hold.
+  __device__ __forceinline__ void locate() {
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+    lane = thread % 32, warp = thread / 32 % 8, group = thread / 256;
+    row = lane / 4, column = lane % 4 * 2, head = place.head + group;
     across = tile_offset(lane % 8 + lane / 16 * 8, warp % 4 * 2 + lane / 8 % 2);
   }
 
+  __device__ __forceinline__ typename C::Head& own() const { return shared.head[group]; }
   __device__ __forceinline__ int warpgroup() const { return warp / 4; }  // of this head
   __device__ __forceinline__ void head_barrier() const { barrier(1 + group, C::HEAD_THREADS); }
-  __device__ __forceinline__ void warpgroup_barrier() const { barrier(3 + static_cast<int>(threadIdx.x) / 128, 128); }
+  __device__ __forceinline__ void warpgroup_barrier() const { barrier(3 + thread / 128, 128); }
 
+  // Start state: float32 through the L2, which other blocks of a cluster may have written meanwhile.
   __device__ __forceinline__ void load_start(const void* state, int dtype, int64_t index) {
+    if (dtype == MMM_FLOAT32) {
+      const float2* const from = reinterpret_cast<const float2*>(static_cast<const float*>(state) + index);
+#pragma unroll
+      for (int j = 0; j < 16; j++) {
+        const float2 upper = __ldcg(from + j * 4), lower = __ldcg(from + j * 4 + 4 * D);
+        S[4 * j] = upper.x, S[4 * j + 1] = upper.y, S[4 * j + 2] = lower.x, S[4 * j + 3] = lower.y;
+      }
+      return;
+    }
 #pragma unroll
     for (int j = 0; j < 16; j++) {
       const float2 upper = load_state(state, dtype, index + j * 8), lower = load_state(state, dtype, index + j * 8 + 8 * D);
@@ -80,6 +100,15 @@ struct WarpgroupScan : ChunkedScan<Element, C> {
     }
   }
   __device__ __forceinline__ void store_end(void* state, int dtype, int64_t index) const {
+    if (dtype == MMM_FLOAT32) {
+      float2* const to = reinterpret_cast<float2*>(static_cast<float*>(state) + index);
+#pragma unroll
+      for (int j = 0; j < 16; j++) {
+        to[j * 4] = make_float2(S[4 * j], S[4 * j + 1]);
+        to[j * 4 + 4 * D] = make_float2(S[4 * j + 2], S[4 * j + 3]);
+      }
+      return;
+    }
 #pragma unroll
     for (int j = 0; j < 16; j++) {
       store_state(state, dtype, index + j * 8, S[4 * j], S[4 * j + 1]);
@@ -89,31 +118,31 @@ struct WarpgroupScan : ChunkedScan<Element, C> {
 
   // Start the copies of the next chunk's raw rows, and of the row before it; zeros past the row's length.
   __device__ __forceinline__ void copy_rows(int number) const {
-    const int unit = threadIdx.x % C::UNITS, r = threadIdx.x / C::UNITS, begin = place.begin + number * kChunk;
+    const int unit = thread % C::UNITS, r = thread / C::UNITS, begin = place.begin + number * kChunk;
     const int left = place.length - begin - r;
     const uint32_t stage = shared_address(&shared.raw[0][0][0][unit]) + number % C::STAGES * STAGE_BYTES;
-    const Element* const source =
-        static_cast<const Element*>(args.projected) + place.batch * args.batch_stride + (begin + r) * args.token_stride + unit * 8;
+    const int pitch = static_cast<int>(args.token_stride) * 2;  // bytes
+    const char* const base = static_cast<const char*>(args.projected) +
+                             (place.batch * args.batch_stride + static_cast<int64_t>(begin) * args.token_stride) * 2 + unit * 16;
+    const char *const upper = base + r * pitch, *const lower = upper + 32 * pitch;
 #pragma unroll
     for (int tile = 0; tile < C::TILES; tile++) {
-      const Element* const rows = source + tile_channel<C>(args, place, tile);
+      const int offset = tile_channel<C>(args, place, tile) * 2;
       const uint32_t target = stage + (tile * (kChunk + 1) + 1 + r) * C::UNITS * 16;
-      copy_async(target, rows, 0 < left);
-      copy_async(target + 32 * C::UNITS * 16, rows + 32 * args.token_stride, 32 < left);
+      copy_async(target, upper + offset, 0 < left);
+      copy_async(target + 32 * C::UNITS * 16, lower + offset, 32 < left);
     }
-    if (r < C::TILES) {
-      const int channel = tile_channel<C>(args, place, r) + unit * 8;
-      if (begin == 0)
-        shared.raw[0][r][0][unit] = raw_unit<Element>(args, place.batch, channels, channel, -1);
-      else
-        copy_async(stage + r * (kChunk + 1) * C::UNITS * 16, source - (r + 1) * args.token_stride + channel - unit * 8, true);
-    }
+    if (r >= C::TILES) return;
+    if (begin == 0)
+      shared.raw[0][r][0][unit] = raw_unit<Element>(args, place.batch, channels, tile_channel<C>(args, place, r) + unit * 8, -1);
+    else
+      copy_async(stage + r * (kChunk + 1) * C::UNITS * 16, base - pitch + tile_channel<C>(args, place, r) * 2, true);
   }
 
   // delta of the chunk whose dt were prefetched, two tokens a lane, and their decays summed up; warp 0 of the head.
   __device__ __forceinline__ void prepare_decays(ChunkDecays& decays) {
     if (warp != 0) return;
-    const float bias = own.dt_bias, rate = own.rate;
+    const float bias = own().dt_bias, rate = own().rate;
     float delta[2];
 #pragma unroll
     for (int i = 0; i < 2; i++) {
@@ -140,7 +169,7 @@ struct WarpgroupScan : ChunkedScan<Element, C> {
   // Convolve the chunk: a quarter (pass 1: half) of the threads make one tile, 4 channels of ROWS rows each.
   __device__ __forceinline__ void convolve(int stage) const {
     constexpr int TILE_THREADS = C::THREADS / C::TILES;
-    const int tile = threadIdx.x / TILE_THREADS, local = threadIdx.x % TILE_THREADS;
+    const int tile = thread / TILE_THREADS, local = thread % TILE_THREADS;
     const int unit = local % 32 / 2, half = local % 2, first = local / 32 * C::ROWS;
     float taps[3][4], before[4];
 #pragma unroll
@@ -165,9 +194,8 @@ struct WarpgroupScan : ChunkedScan<Element, C> {
     }
   }
 
-  // M = (q k^T) o decays: the 32 columns of this warpgroup into the head's mask. `between` runs while the products do.
-  template <class Between>
-  __device__ __forceinline__ void mask_product(const ChunkDecays& decays, Between between) {
+  // M = (q k^T) o decays: the 32 columns of this warpgroup into the head's mask. Meanwhile warp 0 prepares the next chunk's decays.
+  __device__ __forceinline__ void mask_product(const ChunkDecays& decays, int number) {
     float m[16] = {};
     const uint64_t q = tile_descriptor(shared_address(&shared.tiles[0][2 + group]));
     const uint64_t k = tile_descriptor(shared_address(&shared.tiles[0][0]) + warpgroup() * 32 * kTileRow);
@@ -178,7 +206,7 @@ struct WarpgroupScan : ChunkedScan<Element, C> {
       W::tiles_32(m, q + step, k + step, kk > 0);
     }
     commit_products();
-    between();
+    prepare_next(number);
     wait_products<0>();
     pin(m);
     const int i = warp % 4 * 16 + row;
@@ -205,7 +233,7 @@ struct WarpgroupScan : ChunkedScan<Element, C> {
   }
 
   // y^T = S q^T: 64 of P x 64 tokens. STEPS of the product at a time: more need more registers than there are.
-  static constexpr int STEPS = 2;
+  static constexpr int STEPS = 1;
   __device__ __forceinline__ void read_state(float (&y)[32]) {
     const uint64_t q = tile_descriptor(shared_address(&shared.tiles[0][2 + group]));
 #pragma unroll
@@ -270,17 +298,19 @@ struct WarpgroupScan : ChunkedScan<Element, C> {
   }
 
   // This thread's 16-byte units of the gate's tile, and of y: unit threadIdx % 8 of rows threadIdx % 128 / 8, + 16, ...
-  __device__ __forceinline__ uint4* gate_unit() const {
-    const int t = threadIdx.x % 128;
-    return &shared.gate[threadIdx.x / 128][t / 8 * 8 + (t % 8 ^ (t / 8 & 7))];
+  __device__ __forceinline__ uint4* gate_unit(int number) const {
+    const int t = thread % 128;
+    return &shared.gate[number % 2][thread / 128][t / 8 * 8 + (t % 8 ^ (t / 8 & 7))];
   }
-  __device__ __forceinline__ void prefetch_gate(int begin) {
-    const int t = begin + static_cast<int>(threadIdx.x) % 128 / 8;
-    const Element* rows = static_cast<const Element*>(args.projected) + place.batch * args.batch_stride + channels +
-                          t * args.token_stride + head * D + warpgroup() * 64 + threadIdx.x % 8 * 8;
-    const uint32_t target = shared_address(gate_unit());
+  __device__ __forceinline__ void copy_gate(int number) const {
+    const int r = thread % 128 / 8, begin = place.begin + number * kChunk, left = place.length - begin - r;
+    const int pitch = static_cast<int>(args.token_stride) * 2;  // bytes
+    const char* const from = static_cast<const char*>(args.projected) +
+                             (place.batch * args.batch_stride + static_cast<int64_t>(begin) * args.token_stride) * 2 + r * pitch +
+                             (channels + head * D + warpgroup() * 64 + thread % 8 * 8) * 2;
+    const uint32_t target = shared_address(gate_unit(number));
 #pragma unroll
-    for (int i = 0; i < 4; i++) copy_async(target + i * 16 * kTileRow, rows + i * 16 * args.token_stride, t + i * 16 < place.length);
+    for (int i = 0; i < 4; i++) copy_async(target + i * 16 * kTileRow, from + i * 16 * pitch, i * 16 < left);
   }
 
   // Of 2 * HALF sums keep those that this lane, and give the others to the one that keeps them.
@@ -303,20 +333,21 @@ struct WarpgroupScan : ChunkedScan<Element, C> {
       s[2 * n + 1] = y[4 * n + 1] * y[4 * n + 1] + y[4 * n + 3] * y[4 * n + 3];
     }
     halve<8>(s), halve<4>(s), halve<2>(s);
-    *reinterpret_cast<float2*>(&own.squares[warp][2 * lane]) = make_float2(s[0], s[1]);
+    *reinterpret_cast<float2*>(&own().squares[warp][2 * lane]) = make_float2(s[0], s[1]);
   }
 
   // Gated RMS norm of y into the gate's place in shared memory.
-  __device__ __forceinline__ void normalize(const float (&y)[32]) const {
+  __device__ __forceinline__ void normalize(const float (&y)[32], int number) const {
     float2 scale = make_float2(0.f, 0.f);  // of tokens 2 * lane, + 1
 #pragma unroll
     for (int w = 0; w < C::WARPS; w++) {
-      const float2 part = *reinterpret_cast<const float2*>(&own.squares[w][2 * lane]);
+      const float2 part = *reinterpret_cast<const float2*>(&own().squares[w][2 * lane]);
       scale.x += part.x, scale.y += part.y;
     }
     scale.x = rsqrtf(scale.x * (1.f / D) + args.eps), scale.y = rsqrtf(scale.y * (1.f / D) + args.eps);
     const float upper_weight = shared.norm_weight[warp * 16 + row], lower_weight = shared.norm_weight[warp * 16 + row + 8];
-    const uint32_t target = shared_address(&shared.gate[threadIdx.x / 128]) + across;
+    const uint32_t target = shared_address(&shared.gate[number % 2][thread / 128]) + across;
+    float s0 = 0.f, s1 = 0.f;
 #pragma unroll
     for (int i = 0; i < 4; i++) {
       uint32_t fragment[4];
@@ -324,7 +355,7 @@ struct WarpgroupScan : ChunkedScan<Element, C> {
 #pragma unroll
       for (int e = 0; e < 4; e++) {  // e / 2: which 8 tokens; e % 2: which 8 rows of P
         const int n = 2 * i + e / 2;
-        const float s0 = __shfl_sync(~0u, scale.x, 4 * n + lane % 4), s1 = __shfl_sync(~0u, scale.y, 4 * n + lane % 4);
+        if (e % 2 == 0) s0 = __shfl_sync(~0u, scale.x, 4 * n + lane % 4), s1 = __shfl_sync(~0u, scale.y, 4 * n + lane % 4);
         const float weight = e % 2 ? lower_weight : upper_weight;
         const float2 gate = M::unpack(fragment[e]);
         fragment[e] = M::pack(y[4 * n + 2 * (e % 2)] * s0 * weight * silu_of_double(0.5f * gate.x),
@@ -335,126 +366,107 @@ struct WarpgroupScan : ChunkedScan<Element, C> {
   }
 
   // Whole lines of y, once the warpgroup has normalized its part.
-  __device__ __forceinline__ void write(int begin) {
-    const int t = begin + static_cast<int>(threadIdx.x) % 128 / 8;
+  __device__ __forceinline__ void write(int number) const {
+    const int begin = place.begin + number * kChunk;
+    const int t = begin + thread % 128 / 8;
     const int64_t pitch = args.heads * D;
     Element* out = static_cast<Element*>(args.y) + (static_cast<int64_t>(place.batch) * args.tokens + t) * pitch + head * D +
-                   warpgroup() * 64 + threadIdx.x % 8 * 8;
-    const uint4* const done = gate_unit();
+                   warpgroup() * 64 + thread % 8 * 8;
+    const uint4* const done = gate_unit(number);
 #pragma unroll
     for (int i = 0; i < 4; i++)
       if (t + i * 16 < args.tokens) *reinterpret_cast<uint4*>(out + i * 16 * pitch) = done[i * 16 * 8];
   }
-};
 
-template <typename Element, bool STATE_ONLY>
-__device__ __forceinline__ void scan_segment(const ChunkedArgs& args, unsigned char* memory) {
-#if MMM_WARPGROUP
-  using C = Warpgroups<Element, STATE_ONLY>;
-  auto& shared = *reinterpret_cast<typename C::Shared*>(memory);
-  WarpgroupScan<Element, C> scan(args, shared);
-  const Place& place = scan.place;
-  if (STATE_ONLY) let_next_kernel_start();
-  if (place.begin >= place.end) {  // nothing valid here
-    if (STATE_ONLY) return;
-    scan.clear_padding(place.begin);
-    if (place.segment > 0) return;
-    if (args.segments > 1) wait_for_previous_kernel();
-    scan.load_start(args.segments > 1 ? args.segment_states : args.ssm_state, args.segments > 1 ? MMM_FLOAT32 : args.state_dtype,
-                    args.segments > 1 ? scan.segment_index() : scan.state_index());
-    scan.store_end(args.ssm_state_out, args.state_dtype, scan.state_index());
-    scan.write_conv_state();
-    return;
+  __device__ __forceinline__ bool more_than(int number) const { return place.begin + number * kChunk < place.end; }
+
+  // Decays of the chunk after `number`, and the dt of the one after that.
+  __device__ __forceinline__ void prepare_next(int number) {
+    if (!more_than(number + 1)) return;
+    prepare_decays(own().decays[(number + 1) % 2]);
+    this->prefetch_dt(place.begin + (number + 2) * kChunk);
   }
 
-  scan.copy_rows(0);
-  commit_copies();
-  if constexpr (STATE_ONLY) {
-    if (place.begin + kChunk < place.end) scan.copy_rows(1);
-  } else {
-    scan.prefetch_gate(place.begin);
-  }
-  commit_copies();
-  scan.prefetch_dt(place.begin);
-  load_taps<C>(shared, args, place);
-  if (scan.warp == 0) {
-    scan.own.dt_bias = args.dt_bias[scan.head], scan.own.rate = -expf(args.A_log[scan.head]) * 1.4426950408889634f;
+  // The start of everything: dt of the first two chunks, taps, weights.
+  __device__ __forceinline__ void prepare() {
+    this->prefetch_dt(place.begin);
+    load_taps<C>(shared, args, place);
+    if (!C::STATE_ONLY && thread < D) shared.norm_weight[thread] = args.norm_weight[thread];
+    if (warp != 0) return;
+    own().dt_bias = args.dt_bias[head], own().rate = -expf(args.A_log[head]) * 1.4426950408889634f;
     __syncwarp();
-    scan.prepare_decays(scan.own.decays[0]);
-    scan.prefetch_dt(place.begin + kChunk);
-  }
-  if (!STATE_ONLY && threadIdx.x < C::D) shared.norm_weight[threadIdx.x] = args.norm_weight[threadIdx.x];
-  if constexpr (STATE_ONLY) {
-#pragma unroll
-    for (int i = 0; i < 64; i++) scan.S[i] = 0.f;
-  } else if (args.segments == 1) {
-    scan.load_start(args.ssm_state, args.state_dtype, scan.state_index());
-  } else {
-    wait_for_previous_kernel();
-    scan.load_start(args.segment_states, MMM_FLOAT32, scan.segment_index());
+    prepare_decays(own().decays[0]);
+    this->prefetch_dt(place.begin + kChunk);
   }
 
-  uint32_t weighted[4][4];
-  int number = 0;
-  for (int begin = place.begin; begin < place.end; begin += kChunk, number++) {
-    const bool more = begin + kChunk < place.end;
-    const int stage = number % C::STAGES;
-    const ChunkDecays& decays = scan.own.decays[number % 2];
-    const auto prepare_next = [&] {
-      if (!more) return;
-      scan.prepare_decays(scan.own.decays[(number + 1) % 2]);
-      scan.prefetch_dt(begin + 2 * kChunk);
-    };
-    wait_copies<1>();  // the raw rows are here; the next chunk's, or the gate, may still be on their way
+  // Tiles of the chunk whose raw rows were copied before the last PENDING groups of copies.
+  template <int PENDING>
+  __device__ __forceinline__ void make_tiles(int stage) {
+    wait_copies<PENDING>();
+    locate();
     __syncthreads();   // ... everybody's; and the tiles that the convolution writes are no longer read
-    scan.convolve(stage);
+    convolve(stage);
     publish_to_matrix_units();
     __syncthreads();
-    if constexpr (STATE_ONLY) {
-      if (begin + 2 * kChunk < place.end) scan.copy_rows(number + 2);
-      commit_copies();
-      wait_products<0>();
-      pin(scan.S);
-      scan.update_state(decays, stage, weighted);
-      prepare_next();
-    } else {
-      if (more) scan.copy_rows(number + 1);
-      commit_copies();
-      float y[32];
-      scan.mask_product(decays, prepare_next);
-      scan.read_state(y);
-      scan.head_barrier();  // both halves of the mask are there
-      scan.add_within_chunk(decays, y);
-      wait_products<0>();
-      pin(y);
-      scan.sum_squares(y);
-      wait_copies<1>();  // the gate is here
-      scan.head_barrier();
-      scan.normalize(y);
-      scan.update_state(decays, stage, weighted);
-      scan.warpgroup_barrier();
-      scan.write(begin);
-      if (more) scan.prefetch_gate(begin + kChunk);
-      commit_copies();
-      wait_products<0>();
-      pin(scan.S);
-    }
   }
 
-  if constexpr (STATE_ONLY) {
+  // y of the chunk whose tiles are ready, and the state after it.
+  __device__ __forceinline__ void output(int number) {
+    locate();
+    const ChunkDecays& decays = own().decays[number % 2];
+    float y[32];
+    mask_product(decays, number);
+    locate();
+    if (more_than(number + 1)) copy_rows(number + 1), copy_gate(number + 1);
+    locate();
+    commit_copies();
+    read_state(y);
+    head_barrier();  // both halves of the mask are there
+    add_within_chunk(decays, y);
     wait_products<0>();
-    pin(scan.S);
-    scan.store_end(args.segment_states, MMM_FLOAT32, scan.segment_index());
-    if (scan.warp == 0 && scan.lane == 0)
-      args.segment_decays[(static_cast<int64_t>(place.batch) * args.heads + scan.head) * args.segments + place.segment] = scan.total;
-  } else {
-    scan.clear_padding(place.begin + (place.end - place.begin + kChunk - 1) / kChunk * kChunk);
-    if (place.end == place.length) {
-      scan.store_end(args.ssm_state_out, args.state_dtype, scan.state_index());
-      scan.write_conv_state();
-    }
+    pin(y);
+    sum_squares(y);
+    locate();
+    head_barrier();
+    normalize(y, number);
+    locate();
+    uint32_t weighted[4][4];
+    update_state(decays, 0, weighted);
+    warpgroup_barrier();
+    locate();
+    write(number);
+    wait_products<0>();
+    pin(S);
   }
-#endif
-}
+
+  // After the last chunk of this segment.
+  __device__ __forceinline__ void finish() {
+    this->clear_padding(place.begin + (place.end - place.begin + kChunk - 1) / kChunk * kChunk);
+    if (place.end != place.length) return;
+    store_end(args.ssm_state_out, args.state_dtype, this->state_index());
+    this->write_conv_state();
+  }
+  // Where nothing of this segment is valid. Start states are there.
+  __device__ __forceinline__ void finish_empty() {
+    this->clear_padding(place.begin);
+    if (place.segment > 0) return;
+    const bool cut = args.segments > 1;
+    load_start(cut ? args.segment_states : args.ssm_state, cut ? MMM_FLOAT32 : args.state_dtype,
+               cut ? this->segment_index() : this->state_index());
+    store_end(args.ssm_state_out, args.state_dtype, this->state_index());
+    this->write_conv_state();
+  }
+
+  __device__ __forceinline__ void store_segment() const {
+    store_end(args.segment_states, MMM_FLOAT32, this->segment_index());
+    if (warp == 0 && lane == 0)
+      args.segment_decays[(static_cast<int64_t>(place.batch) * args.heads + head) * args.segments + place.segment] = total;
+  }
+
+  __device__ __forceinline__ void clear_state() {
+#pragma unroll
+    for (int i = 0; i < 64; i++) S[i] = 0.f;
+  }
+};
 
 }  // namespace mmm
