@@ -21,17 +21,15 @@ cudaError_t launch(void (*kernel)(Args...), dim3 grid, int threads, size_t share
   return cudaLaunchKernelEx(&config, kernel, args...);
 }
 
-// Raise a kernel's limit of shared memory, and of blocks in a cluster, once for each device.
+// Raise a kernel's limit of shared memory once for each device.
 template <auto kernel>
-cudaError_t allow_shared_memory(size_t bytes, bool large_clusters = false) {
+cudaError_t allow_shared_memory(size_t bytes) {
   static std::atomic<uint64_t> done{0};
   int device = 0;
   cudaError_t error = cudaGetDevice(&device);
   const uint64_t bit = 1ull << (device & 63);
   if (error != cudaSuccess || done.load(std::memory_order_relaxed) & bit) return error;
   error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
-  if (error == cudaSuccess && large_clusters)
-    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
   if (error == cudaSuccess) done.fetch_or(bit, std::memory_order_relaxed);
   return error;
 }
