@@ -3,9 +3,13 @@
 //   pass 2  each segment's start state
 //   pass 3  each segment's output from its start state; the last one's end state
 // No flags, no atomics: deterministic, and safe to capture. On sm_90 and newer the passes overlap by programmatic launch.
-#include "chunked_launch.cuh"
+#include <atomic>
+
 #include "chunked_scan.cuh"
 #include "launch.h"
+#ifdef MMM_WARPGROUPS
+#include "chunked_launch.cuh"
+#endif
 
 namespace mmm {
 namespace {
@@ -130,19 +134,48 @@ __global__ void __launch_bounds__(128) start_states(const __grid_constant__ Chun
   }
 }
 
+template <typename... Args>
+cudaError_t launch(void (*kernel)(Args...), dim3 grid, int threads, size_t shared, cudaStream_t stream, bool overlap,
+                   const ChunkedArgs& args, int more = -1) {
+  cudaLaunchConfig_t config = {};
+  config.gridDim = grid, config.blockDim = dim3(threads), config.dynamicSmemBytes = shared, config.stream = stream;
+  cudaLaunchAttribute attribute;
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  config.attrs = &attribute, config.numAttrs = overlap ? 1 : 0;
+  if constexpr (sizeof...(Args) == 1)
+    return cudaLaunchKernelEx(&config, kernel, args);
+  else
+    return cudaLaunchKernelEx(&config, kernel, args, more);
+}
+
+// Raise a kernel's limit of shared memory once for each device.
+template <typename Element, class C>
+cudaError_t allow_shared_memory() {
+  static std::atomic<uint64_t> done{0};
+  int device = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  const uint64_t bit = 1ull << (device & 63);
+  if (error != cudaSuccess || done.load(std::memory_order_relaxed) & bit) return error;
+  error = cudaFuncSetAttribute(chunked_kernel<Element, C>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               static_cast<int>(sizeof(typename C::Shared)));
+  if (error == cudaSuccess) done.fetch_or(bit, std::memory_order_relaxed);
+  return error;
+}
+
 template <typename Element, int D, int HEADS, int TAPS>
 cudaError_t run(ChunkedArgs& args, int batch, cudaStream_t stream, const Device& device) {
   using Pass1 = Chunked<Element, D, HEADS, TAPS, true>;
   using Pass3 = Chunked<Element, D, HEADS, TAPS, false>;
   const bool overlap = device.major >= 9;
-  cudaError_t error = allow_shared_memory<chunked_kernel<Element, Pass3>>(sizeof(typename Pass3::Shared));
+  cudaError_t error = allow_shared_memory<Element, Pass3>();
   if (error == cudaSuccess && args.segments > 1) {
-    error = allow_shared_memory<chunked_kernel<Element, Pass1>>(sizeof(typename Pass1::Shared));
+    error = allow_shared_memory<Element, Pass1>();
     if (error == cudaSuccess)
       error = launch(chunked_kernel<Element, Pass1>, dim3(args.segments - 1, args.heads / HEADS, batch), Pass1::THREADS,
                      sizeof(typename Pass1::Shared), stream, false, args);
     if (error == cudaSuccess)
-      error = launch_start_states(args, D * D, batch, stream, overlap);
+      error = launch(start_states, dim3(D * D / 512, batch * args.heads), 128, 0, stream, overlap, args, D * D);
   }
   if (error != cudaSuccess) return error;
   return launch(chunked_kernel<Element, Pass3>, dim3(args.segments, args.heads / HEADS, batch), Pass3::THREADS,
@@ -167,9 +200,11 @@ int heads_per_block(const mmm_scan_shape& shape, const Device& device) {
 
 }  // namespace
 
+#ifdef MMM_WARPGROUPS
 cudaError_t launch_start_states(const ChunkedArgs& args, int state_entries, int batch, cudaStream_t stream, bool overlap) {
   return launch(start_states, dim3(state_entries / 512, batch * args.heads), 128, 0, stream, overlap, args, state_entries);
 }
+#endif
 
 bool chunked_supports(const mmm_scan_shape& shape) {
   return (shape.io_dtype == MMM_FLOAT16 || shape.io_dtype == MMM_BFLOAT16) && shape.head_dim == shape.state_dim &&
@@ -212,7 +247,9 @@ cudaError_t launch_chunked(const mmm_scan_args& call, const Device& device) {
   args.segment_decays = args.segment_states + rows * args.segments * shape.head_dim * shape.state_dim;
 
   const auto stream = static_cast<cudaStream_t>(call.stream);
+#ifdef MMM_WARPGROUPS
   if (together == 2 && device.major == 9) return run_warpgroups(args, shape.io_dtype == MMM_FLOAT16, shape.batch, stream);
+#endif
   const bool narrow = shape.conv_width == 2;
   if (shape.io_dtype == MMM_FLOAT16)
     return narrow ? run_sizes<__half, 2>(args, shape.head_dim, together, shape.batch, stream, device)

@@ -2,15 +2,45 @@
 // scan_segments is pass 1 (STATE_ONLY) and pass 3 of chunked.cu; pass 2 is the same. 512 threads a block, one block a processor.
 // All passes in one launch, the segments of a pair of heads a cluster that meets through the L2, was slower on an H100: 30 us where
 // three launches take 26 (256 tokens, 4 blocks a cluster), 44 where they take 40 (1,024 tokens, 8 blocks a cluster).
+//
+// EXPERIMENTAL: compiled with -DMMM_WARPGROUPS=ON alone, which no default sets. tests/gpu has not run on it.
+#ifdef MMM_WARPGROUPS
+#include <atomic>
+
 #include "chunked_hopper.cuh"
 #include "chunked_launch.cuh"
 
 namespace mmm {
 namespace {
 
+// `overlap`: the kernel may start while the one before it on the stream still runs.
+template <typename... Args>
+cudaError_t launch(void (*kernel)(Args...), dim3 grid, int threads, size_t shared, cudaStream_t stream, bool overlap, Args... args) {
+  cudaLaunchConfig_t config = {};
+  config.gridDim = grid, config.blockDim = dim3(threads), config.dynamicSmemBytes = shared, config.stream = stream;
+  cudaLaunchAttribute attribute;
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  config.attrs = &attribute, config.numAttrs = overlap ? 1 : 0;
+  return cudaLaunchKernelEx(&config, kernel, args...);
+}
+
+// Raise a kernel's limit of shared memory once for each device.
+template <auto kernel>
+cudaError_t allow_shared_memory(size_t bytes) {
+  static std::atomic<uint64_t> done{0};
+  int device = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  const uint64_t bit = 1ull << (device & 63);
+  if (error != cudaSuccess || done.load(std::memory_order_relaxed) & bit) return error;
+  error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+  if (error == cudaSuccess) done.fetch_or(bit, std::memory_order_relaxed);
+  return error;
+}
+
 template <typename Element, bool STATE_ONLY>
 __global__ void __launch_bounds__(512, 1) scan_segments(const __grid_constant__ ChunkedArgs args) {
-#if MMM_WARPGROUP
+#if MMM_HAS_WGMMA
   extern __shared__ __align__(1024) unsigned char memory[];
   using C = Warpgroups<Element, STATE_ONLY>;
   WarpgroupScan<Element, C> scan(args, *reinterpret_cast<typename C::Shared*>(memory));
@@ -86,3 +116,4 @@ cudaError_t run_warpgroups(const ChunkedArgs& args, bool half, int batch, cudaSt
 }
 
 }  // namespace mmm
+#endif

@@ -318,8 +318,8 @@ struct ChunkedScan {
         for (int n = 0; n < COLUMNS; n++) {
           uint32_t* word = reinterpret_cast<uint32_t*>(gate_unit(i * 16 + half * 8 + row, n)) + column / 2;
           const float2 gate = M::unpack(*word);
-          *word = M::pack(y[i][n][2 * half] * s * norm[n].x * silu_of_double<Element>(0.5f * gate.x),
-                          y[i][n][2 * half + 1] * s * norm[n].y * silu_of_double<Element>(0.5f * gate.y));
+          *word = M::pack(y[i][n][2 * half] * s * norm[n].x * silu_of_double(0.5f * gate.x),
+                          y[i][n][2 * half + 1] * s * norm[n].y * silu_of_double(0.5f * gate.y));
         }
       }
     __syncwarp();

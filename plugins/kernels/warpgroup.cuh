@@ -4,15 +4,15 @@
 // tile begins at a multiple of 1,024 bytes. A wider tile is several such tiles, one behind the other. Read along rows (the
 // product's inner dimension is the contiguous one) or across them ("transposed": the rows are the inner dimension).
 // Thread l of warp w of the group holds rows 16w + l/4 (+8) of D, columns 8j + 2(l%4) (+1): as mma.m16n8k16, and the registers of A
-// are laid out as there. Checked in emulation and on an H100; elsewhere the kernels that include this are empty.
+// are laid out as there. Elsewhere the kernels that include this are empty.
 #pragma once
 
 #include "matrix.cuh"
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-#define MMM_WARPGROUP 1
+#define MMM_HAS_WGMMA 1
 #else
-#define MMM_WARPGROUP 0
+#define MMM_HAS_WGMMA 0
 #endif
 
 namespace mmm {
@@ -32,26 +32,26 @@ __device__ __forceinline__ uint64_t tile_descriptor(uint32_t address, int next =
 
 // What a thread wrote to shared memory becomes visible to the matrix units; before the barrier that their reader waits at.
 __device__ __forceinline__ void publish_to_matrix_units() {
-#if MMM_WARPGROUP
+#if MMM_HAS_WGMMA
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 #endif
 }
 
 // Registers written so far may be operands of the products that follow.
 __device__ __forceinline__ void begin_products() {
-#if MMM_WARPGROUP
+#if MMM_HAS_WGMMA
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #endif
 }
 __device__ __forceinline__ void commit_products() {
-#if MMM_WARPGROUP
+#if MMM_HAS_WGMMA
   asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
 #endif
 }
 // Wait until at most `Pending` committed groups are under way.
 template <int Pending>
 __device__ __forceinline__ void wait_products() {
-#if MMM_WARPGROUP
+#if MMM_HAS_WGMMA
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(Pending) : "memory");
 #endif
 }
@@ -64,14 +64,14 @@ __device__ __forceinline__ void pin(float (&d)[N]) {
 
 // 8x8 matrices of 16-bit elements to shared memory, transposed or not; lane l names the row of 16 bytes at `address`.
 __device__ __forceinline__ void store_matrices(uint32_t address, const uint32_t (&r)[4]) {
-#if MMM_WARPGROUP
+#if MMM_HAS_WGMMA
   asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(address), "r"(r[0]), "r"(r[1]), "r"(r[2]),
                "r"(r[3])
                : "memory");
 #endif
 }
 __device__ __forceinline__ void store_matrices_transposed(uint32_t address, const uint32_t (&r)[4]) {
-#if MMM_WARPGROUP
+#if MMM_HAS_WGMMA
   asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(address), "r"(r[0]), "r"(r[1]),
                "r"(r[2]), "r"(r[3])
                : "memory");
@@ -124,7 +124,7 @@ struct WarpgroupMatrix;
     }                                                                                                                   \
   }
 
-#if MMM_WARPGROUP
+#if MMM_HAS_WGMMA
 MMM_PRODUCTS(__nv_bfloat16, "bf16");
 MMM_PRODUCTS(__half, "f16");
 #endif
