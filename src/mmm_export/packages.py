@@ -10,6 +10,8 @@ from mmm_export.errors import MissingPackageError
 EXTRAS: dict[str, tuple[str, ...]] = {
     "export": ("torch", "onnx", "onnx_ir", "onnxscript", "matplotlib"),
     "demo": ("skimage",),
+    "distill": ("torch", "ruamel"),
+    "tensorboard": ("tensorboard",),
     "bench": ("matplotlib",),
     "plugins": ("elftools",),
 }
