@@ -8,13 +8,16 @@ import click
 
 from mmm_export import __version__
 from mmm_export.command_line import PROGRAM, FlowGroup, run
+from mmm_export.commands.bench import bench
 from mmm_export.commands.calibrate import calibrate
 from mmm_export.commands.demo import demo
+from mmm_export.commands.distill import distill
 from mmm_export.commands.doctor import doctor
 from mmm_export.commands.inspect import inspect
 from mmm_export.commands.onnx import onnx
 from mmm_export.commands.plugins import plugins
 from mmm_export.commands.run import run_bundle
+from mmm_export.commands.trt import trt
 from mmm_export.commands.verify import verify
 
 EPILOG = f"""\b
@@ -25,10 +28,13 @@ The flow, from a checkpoint to text:
 Each command explains itself: {PROGRAM} COMMAND --help"""
 
 COMMANDS: tuple[click.Command, ...] = (
+    distill,
     onnx,
     verify,
     calibrate,
+    trt,
     run_bundle,
+    bench,
     inspect,
     doctor,
     plugins,

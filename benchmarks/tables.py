@@ -1,7 +1,7 @@
 """Puts the figures of benchmarks/results into the documents, between their markers, so that no number is typed by hand.
 
-python benchmarks/tables.py            rewrites the documents
-python benchmarks/tables.py --check    exit code 1 when a document and the results differ
+python benchmarks/tables.py            rewrites the documents, and draws the figures of GPUs (kernel_plots.py) anew
+python benchmarks/tables.py --check    exit code 1 when a document or a figure and the results differ
 """
 
 from __future__ import annotations
@@ -15,9 +15,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import kernel_plots
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-DOCUMENTS = ("README.md", "docs/plugins.md", "docs/quantization.md")
+DOCUMENTS = ("README.md", "docs/plugins.md", "docs/quantization.md", "docs/engine.md", "docs/distillation.md")
 BLOCK = re.compile(r"(<!-- results: ([a-z0-9-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 Results = dict[str, Any]
@@ -61,6 +63,86 @@ def kernels_table(results: Results) -> str:
     )
 
 
+def engines_table(results: Results) -> str:
+    rows = [
+        (
+            f"{row['model']}, {row['precision']}, SM {row['compute_capability']}",
+            f"{row['build_s']:.0f} s",
+            f"{row['peak_gib']:.1f} GiB",
+            f"{row['engine_bytes'] / 1e9:.2f} GB",
+            f"{row['weights_bytes'] / 1e9:.2f} GB",
+            f"{row['command_s']:.0f} s",
+        )
+        for row in results["rows"]
+    ]
+    version = results["rows"][0]["tensorrt_rtx"]
+    header = ("decoder engine", "build", "peak memory of the builder", "plan", "weights in the bundle", "whole command")
+    return f"TensorRT-RTX {version}, built on a CPU for a GPU that is not there:\n\n{_table(header, rows)}"
+
+
+def seeding_table(results: Results) -> str:
+    rows = [
+        (
+            row["model"],
+            f"{row['student_bytes'] / 1e9:.2f} GB",
+            f"{row['wall_s']:.0f} s",
+            f"{row['peak_anonymous_mib'] * 2**20 / 1e9:.2f} GB",
+        )
+        for row in results["rows"]
+    ]
+    return _table(("seeding a linear student from", "written", "time", "peak memory, without page cache"), rows)
+
+
+def distillation_table(results: Results) -> str:
+    rows = [
+        (
+            row["name"],
+            f"{row['trained_parameters'] / 1e6:.0f} M",
+            "yes" if row["recompute"] else "no",
+            f"{row['step_s']:.2f} s",
+            f"{row['tokens_per_s']:,.0f}",
+            f"{row['peak_gib']:.1f} GiB",
+        )
+        for row in results["rows"]
+    ]
+    return _table(("stage", "trained", "recompute", "optimizer step", "tokens/s", "peak memory"), rows)
+
+
+def linear_table(results: Results) -> str:
+    """The steps with the spreads that the search found, and the bytes' time at the rate of a copy."""
+    names = {"plain": "bf16", "int8": "INT8", "int4": "INT4, group 128"}
+    peers = {row["batch"]: row["peer_ms"] for row in results["rows"] if row.get("peer_ms")}
+    rows = [
+        (
+            f"{names[row['weight_format']]}, batch {row['batch']}",
+            f"{row['best_products_ms']:.2f}",
+            f"{row['best_chain_ms']:.2f}",
+            f"{peers[row['batch']]:.2f}",
+            f"{peers[row['batch']] / row['best_products_ms']:.1f} times",
+            f"{row['floor_ms']:.2f}",
+        )
+        for row in results["rows"]
+        if row["name"] == "linear_step"
+    ]
+    return _table(("weights, ms a step", "products", "chain", "cuBLAS, bf16", "faster", "floor"), rows)
+
+
+def cpu_kernels_table(results: Results) -> str:
+    rows = [
+        (
+            f"{row['tokens']:,} tokens, {row['threads']} threads",
+            f"{row['ours_ms']:.3g} ({row['ours_ms_min']:.3g} to {row['ours_ms_max']:.3g})",
+            f"{row['body_ms']:.3g} ({row['body_ms_min']:.3g} to {row['body_ms_max']:.3g})",
+            f"{row['body_ms'] / row['ours_ms']:.1f} times",
+        )
+        for row in results["rows"]
+    ]
+    layer = results["rows"][0]["layer"]
+    return _table(
+        (f"scan of one layer in ONNX Runtime, {layer}, fp32, ms", "operator library", "function body", "faster"), rows
+    )
+
+
 def quantization_table(results: Results) -> str:
     rows = [
         (
@@ -93,23 +175,39 @@ def calibration_table(results: Results) -> str:
 
 RENDERERS: dict[str, Callable[[Results], str]] = {
     "cpu-export": export_table,
+    "cpu-kernels": cpu_kernels_table,
     "cpu-runtime-memory": memory_table,
     "h200-kernels": kernels_table,
     "digits-quantization": quantization_table,
     "cpu-calibration": calibration_table,
+    "rtx-engines": engines_table,
+    "cpu-seeding": seeding_table,
+    "h100-full-size-distillation": distillation_table,
+    "h100-linear": linear_table,
 }
+GPU_KERNELS = "gpu-kernels"  # stands for the result files of all GPUs
 
 
 def rendered(document: str, folder: Path = ROOT) -> str:
     """Return a document, which lies in `folder`, with its blocks as the result files have them; without results they say so."""
 
     def block(match: re.Match[str]) -> str:
-        path = RESULTS / f"{match[2]}.json"
-        if not path.is_file():
-            return f"{match[1]}Not measured yet.\n{match[3]}"
+        if match[2] == GPU_KERNELS:
+            parts = [f"{rendered_file(path, kernels_table)}\n\n{figure(path)}" for path in kernel_plots.of_gpus()]
+        else:
+            path = RESULTS / f"{match[2]}.json"
+            parts = [rendered_file(path, RENDERERS[match[2]])] if path.is_file() else []
+        return f"{match[1]}{chr(10).join(parts) or 'Not measured yet.'}\n{match[3]}"
+
+    def rendered_file(path: Path, render: Callable[[Results], str]) -> str:
         results = json.loads(path.read_text(encoding="utf-8"))
         source = f"{results['where']}; `{results['command']}`; [{path.name}]({os.path.relpath(path, folder)})"
-        return f"{match[1]}{RENDERERS[match[2]](results)}\n\n{source}\n{match[3]}"
+        return f"{render(results)}\n\n{source}"
+
+    def figure(path: Path) -> str:
+        drawn = kernel_plots.figure_of(path)
+        text = "Latency of prefill and decode step beside the peers and the floor, and the fraction of the roofline"
+        return f"![{text}]({os.path.relpath(drawn, folder)})\n"
 
     return BLOCK.sub(block, document)
 
@@ -131,6 +229,9 @@ def main() -> int:
             differ.append(name)
             if not options.check:
                 path.write_text(rendered(text, path.parent), encoding="utf-8")
+    if not options.check:
+        kernel_plots.draw_stale()
+    differ += [str(kernel_plots.figure_of(path).relative_to(ROOT)) for path in kernel_plots.stale()]
     if differ and options.check:
         sys.stderr.write(f"{', '.join(differ)} differ from benchmarks/results; run python benchmarks/tables.py\n")
     return 1 if differ and options.check else 0

@@ -13,7 +13,7 @@ from mmm_export.environment import environment
 from mmm_export.errors import BundleError, OptionError
 from mmm_export.manifest import Manifest, TensorInfo
 from mmm_export.onnxruntime_support import LINEAR_ATTENTION_SINCE, has_linear_attention
-from mmm_export.operator_library import CPU_PROVIDER, register_library
+from mmm_export.operator_library import CPU_PROVIDER, CUDA_PROVIDER, register_library
 from mmm_export.runtime.state_layout import state_layout
 
 _SUFFIX = "ExecutionProvider"
@@ -27,6 +27,8 @@ ONNX_TYPES = {
 }
 
 FATAL = 4  # log severity: errors come as exceptions, so nothing need be printed besides
+
+ProviderChoice = str | tuple[str, dict[str, str]]
 
 
 def providers_from_names(wanted: Sequence[str] | None) -> list[str]:
@@ -76,6 +78,20 @@ def check_requirements(folder: Path, manifest: Manifest, providers: list[str], l
             wanted="fp32 or fp16 for a CPU",
             hint="export it again: mmm-export onnx CHECKPOINT -o BUNDLE --dtype fp32",
         )
+    if manifest.needs_kernels and library is None:
+        raise BundleError(
+            f"{folder} has operators that only our kernel library computes",
+            found="no such library for this machine, or --kernels none",
+            wanted="libmmm_onnxruntime.so",
+            hint="mmm-export plugins build; or export it again without --fuse",
+        )
+    if manifest.needs_kernels and manifest.dtype == "fp32" and providers[0] == CUDA_PROVIDER:
+        raise BundleError(
+            f"{folder} holds fused fp32 products, which have no kernel on a GPU",
+            found="dtype fp32, provider CUDAExecutionProvider",
+            wanted="fp16 or bf16",
+            hint="export it again: mmm-export onnx CHECKPOINT -o BUNDLE --fuse --dtype bf16",
+        )
     if manifest.body == "linear-attention" and library is None and not has_linear_attention():
         raise BundleError(
             f"{folder} needs a newer ONNX Runtime",
@@ -109,7 +125,7 @@ def open_graph(
     file: str,
     manifest: Manifest,
     *,
-    providers: list[str],
+    providers: Sequence[ProviderChoice],
     threads: int | None,
     library: Path | None = None,
 ) -> onnxruntime.InferenceSession:
@@ -119,7 +135,7 @@ def open_graph(
         folder: the bundle.
         file: name of the graph's file.
         manifest: the bundle's; `check_requirements` has passed it.
-        providers: full names, in order of preference.
+        providers: full names, in order of preference, alone or with options.
         threads: to compute with; None for one a core.
         library: that computes the scan in place of the function body, see `choose_library`.
 
@@ -147,14 +163,14 @@ def open_graph(
     path = folder / file
     try:
         with environment(manifest.environment):
-            session = onnxruntime.InferenceSession(path, options, providers=providers)
+            session = onnxruntime.InferenceSession(path, options, providers=list(providers))
     except BundleError:
         raise
     except Exception as error:
         raise BundleError(
             f"ONNX Runtime cannot open {path}",
             found=first_line(error),
-            wanted=f"a graph that onnxruntime {onnxruntime.__version__} runs with {', '.join(providers)}",
+            wanted=f"a graph that onnxruntime {onnxruntime.__version__} runs with {', '.join(map(_provider_name, providers))}",
             hint="export the bundle again, or upgrade onnxruntime",
         ) from error
     graph = manifest.graphs[file]
@@ -167,6 +183,10 @@ def open_graph(
         if found:
             raise _mismatch(path, f"{', '.join(found)} besides what the manifest lists", "nothing else")
     return session
+
+
+def _provider_name(choice: ProviderChoice) -> str:
+    return choice if isinstance(choice, str) else choice[0]
 
 
 def first_line(error: BaseException) -> str:

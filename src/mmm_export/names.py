@@ -11,6 +11,11 @@ WEIGHTS_SUFFIX = ".data"
 
 CALIBRATION_FILE = "calibration.json"
 SAMPLES_FILE = "samples.safetensors"  # beside a calibration file
+DECODER_PLAN = "decoder.plan"  # of an engine folder
+VISION_PLAN = "vision.plan"
+EMBEDDING_TABLE = "embedding.bin"  # raw rows (vocabulary + special tokens, hidden) in the engine's number format
+PLUGIN_LIBRARY = "libmmm_tensorrt.so"
+LAYERS_FILE = "layers.json"
 
 CONFIG_FILE = "config.json"  # of a checkpoint
 
@@ -25,6 +30,7 @@ IMAGE_TOKEN = "<IMG_CONTEXT>"  # one for every vector of an image
 
 OP_DOMAIN = "mmm"
 OP_NAME = "MmmSelectiveScan"
+LINEAR_OP = "MmmLinear"  # in bundles exported with --fuse
 
 PIXEL_VALUES = "pixel_values"  # (tiles, 3, S, S) float32
 IMAGE_FEATURES = "image_features"  # (image tokens, hidden)

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmm_export.doctor import Finding
-from mmm_export.inspection import state_bytes
 from mmm_export.rendering.calibration import calibration_warnings, quantization_summary, sensitivity
+from mmm_export.rendering.engine import layer_table
 from mmm_export.rendering.text import WIDTH, printable, size, table
+from mmm_export.state_bytes import state_bytes
 
 if TYPE_CHECKING:
     from mmm_export.manifest import Manifest
@@ -27,7 +28,9 @@ def inspection(data: Mapping[str, Any]) -> str:
     if plain:
         parts.append(table(plain, indent=2))
     for key, value in data.items():
-        if isinstance(value, Mapping) and value:
+        if key == "layers_by_part" and value:
+            parts.append(f"layers by part\n{layer_table(value)}")
+        elif isinstance(value, Mapping) and value and key not in ("plans", "layer_listing"):
             rows = [
                 (printable(name) if key == "files" else _label(name), _cell(key, name, cell))
                 for name, cell in value.items()
@@ -118,6 +121,8 @@ def answer_statistics(statistics: GenerationStatistics, finish_reason: str | Non
     """Say in one line how fast an answer was and why it ended."""
     images = f" ({statistics.image_tokens} of images)" if statistics.image_tokens else ""
     parts = [f"{statistics.prompt_tokens} prompt tokens{images}"]
+    if statistics.cached_tokens:
+        parts.append(f"{statistics.cached_tokens} from the state cache")
     if statistics.first_token_s is not None:
         parts.append(f"first token after {statistics.first_token_s:.2f} s")
     parts.append(f"{statistics.new_tokens} new tokens")
