@@ -1,1 +1,4 @@
-"""Distillation: from an attention teacher to linear and hybrid students, and a small task to show it on."""
+"""Distillation of mmMamba from its all-attention teacher: seeding, three stages, and the data they read.
+
+Begin reading at `pipeline.py`; `network.py` holds the maths of a pass, `trainer.py` the loop around it.
+"""
