@@ -10,6 +10,7 @@ from mmm_export import __version__
 from mmm_export.command_line import PROGRAM, FlowGroup, run
 from mmm_export.commands.demo import demo
 from mmm_export.commands.doctor import doctor
+from mmm_export.commands.evaluate import evaluate
 from mmm_export.commands.inspect import inspect
 from mmm_export.commands.onnx import onnx
 from mmm_export.commands.plugins import plugins
@@ -27,6 +28,7 @@ COMMANDS: tuple[click.Command, ...] = (
     onnx,
     verify,
     run_bundle,
+    evaluate,
     inspect,
     doctor,
     plugins,

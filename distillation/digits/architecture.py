@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from mmm_export.distillation.digits.scenes import CELL, SIDE
-from mmm_export.distillation.digits.vocabulary import VOCAB_SIZE
 from mmm_export.model.testing.specs import Kind, tiny_spec
 from mmm_export.spec import LayerKind, ModelSpec, RopeSpec
 
+VOCAB_SIZE = 512
 EMBEDDING_LAYERS = 2
 LLM_LAYERS = 6
 

@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 from mmm_export.distillation.digits.assets import Assets, Bytes
 from mmm_export.distillation.digits.questions import KINDS, all_texts
 from mmm_export.distillation.digits.samples import Sample
-from mmm_export.text.prompt import TURN_END, chat_prompt
 
 LENGTH = 52  # tokens of the longest question and answer, and one to spare
 PADDING = 2  # </s>, behind the last token: never looked at
@@ -33,6 +32,8 @@ class Encoding:
     @classmethod
     def from_tokenizer(cls, tokenizer: Any, tokens_per_tile: int) -> Encoding:
         """Encode all texts of the task with a `mmm_export.text.Tokenizer`."""
+        from mmm_export.text.prompt import TURN_END, chat_prompt
+
         questions, answers = all_texts()
         prompts = {
             text: tokenizer.encode(chat_prompt(text, tile_counts=[1], tokens_per_tile=tokens_per_tile))

@@ -6,12 +6,10 @@ import functools
 import io
 from pathlib import Path
 
+from mmm_export.distillation.digits.architecture import VOCAB_SIZE
 from mmm_export.distillation.digits.questions import all_texts
 from mmm_export.model.testing.vocabulary import SPECIAL_TOKENS, write_tokenizer
-from mmm_export.text.piece_model import SPACE
-from mmm_export.text.prompt import DEFAULT_SYSTEM
 
-VOCAB_SIZE = 512
 # More of the words, so that a question in slightly other words is cut into words too, and not into letters.
 SENTENCES = (
     *["system user assistant (user) (assistant)"] * 20,
@@ -29,6 +27,9 @@ def digits_vocabulary() -> bytes:
     The default system text of the chat template is one piece: in its letters it would be longer than image and question.
     """
     import sentencepiece
+
+    from mmm_export.text.piece_model import SPACE
+    from mmm_export.text.prompt import DEFAULT_SYSTEM
 
     questions, answers = all_texts()
     # In brackets an answer is a word without a space before it, as it is behind the line end where the model writes it.

@@ -1,0 +1,191 @@
+"""Training on the demo task: data on the device, a teacher, its students by the three stages, and their accuracy."""
+
+from __future__ import annotations
+
+import copy
+import json
+import multiprocessing
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from mmm_export.distillation.digits.architecture import digits_spec
+from mmm_export.distillation.digits.arrays import Arrays, Encoding, arrays_from_samples
+from mmm_export.distillation.digits.assets import Assets, Split
+from mmm_export.distillation.digits.questions import KINDS
+from mmm_export.distillation.digits.samples import sample
+from mmm_export.distillation.loading import checkpoint_tensors, network_from_tensors, untrained_source
+from mmm_export.distillation.memory_data import MemoryData
+from mmm_export.distillation.network import Network
+from mmm_export.distillation.seeding import Init
+from mmm_export.distillation.stage import StageName, StageOptions
+from mmm_export.distillation.trainer import LoopOptions, Record, StageTrainer
+
+EVALUATED_AT_ONCE = 500
+
+# The data set of the shipped models: pictures are drawn as often as wanted, the handwritten samples stay those 1,440.
+TRAIN_SAMPLES = 200_000
+
+TEACHER = StageOptions(
+    steps=12_000,
+    batch_samples=512,
+    samples_per_pass=512,
+    learning_rate=1.5e-3,
+    weight_decay=0.05,
+    warmup_share=0.03,
+    decay_share=0.4,
+    clip_norm=1.0,
+    beta2=0.98,
+)
+# The paper's order of stages and of rates; far fewer steps, and higher rates for so small a model.
+STUDENT: dict[StageName, StageOptions] = {
+    "stage-1": StageOptions(
+        steps=2000, batch_samples=256, samples_per_pass=256, learning_rate=5e-3, loss_scale=1.0, clip_norm=1.0
+    ),
+    "stage-2": StageOptions(
+        steps=3000, batch_samples=256, samples_per_pass=256, learning_rate=2e-3, loss_scale=1.0, clip_norm=1.0
+    ),
+    "stage-3": StageOptions(
+        steps=6000, batch_samples=256, samples_per_pass=256, learning_rate=1e-3, clip_norm=1.0, decay_share=0.3
+    ),
+}
+
+# The ablations compare short runs: what a stage is worth shows while there is something left to learn.
+ABLATION: dict[StageName, StageOptions] = {name: replace(options, steps=1000) for name, options in STUDENT.items()}
+
+
+def _draw_part(job: tuple[Split, int, int, int, Assets, Encoding]) -> Arrays:
+    split, first, last, seed, assets, encoding = job
+    return arrays_from_samples((sample(split, number, seed) for number in range(first, last)), assets, encoding)
+
+
+def draw_arrays(
+    split: Split, count: int, assets: Assets, encoding: Encoding, *, seed: int = 0, workers: int = 1
+) -> Arrays:
+    """Draw the first `count` samples of a split in several processes. Call it before CUDA is used: they are forked."""
+    step = max(1, -(-count // (4 * workers)))
+    jobs = [(split, i, min(i + step, count), seed, assets, encoding) for i in range(0, count, step)]
+    if workers == 1:
+        parts = [_draw_part(job) for job in jobs]
+    else:
+        with multiprocessing.get_context("fork").Pool(workers) as pool:
+            parts = pool.map(_draw_part, jobs)
+    fields: dict[str, Any] = {
+        name: np.concatenate([getattr(part, name) for part in parts]) for name in Arrays.__dataclass_fields__
+    }
+    return Arrays(**fields)
+
+
+def memory_data(arrays: Arrays, device: str, dtype: torch.dtype) -> MemoryData:
+    """Put samples on the device."""
+    place = torch.arange(arrays.ids.shape[1])
+    prompt, tokens = (torch.from_numpy(part.astype(np.int64)) for part in (arrays.prompt_tokens, arrays.tokens))
+    return MemoryData(
+        torch.from_numpy(arrays.ids.astype(np.int64)),
+        (place >= prompt[:, None]) & (place < tokens[:, None]),
+        tokens,
+        torch.from_numpy(arrays.pixels).permute(0, 3, 1, 2)[:, None].contiguous(),
+        device=device,
+        dtype=dtype,
+    )
+
+
+@torch.no_grad()
+def accuracy(network: Network, data: MemoryData, kinds: Sequence[int]) -> dict[str, float]:
+    """Share of samples whose answer a network would give token for token, in all ("all") and by kind.
+
+    Each token of an answer is predicted behind the right ones before it: greedy decoding gives the whole answer exactly
+    when all of them are right.
+    """
+    right = []
+    for first in range(0, len(data), EVALUATED_AT_ONCE):
+        batch = data.batch(range(first, min(first + EVALUATED_AT_ONCE, len(data))))
+        said = network.logits(network.hidden(batch)).argmax(-1)
+        right.append(((said == batch.targets) | (batch.targets < 0)).all(1).cpu())
+    found = torch.cat(right).double()
+    which = torch.as_tensor(np.asarray(kinds, np.int64))
+    shares = {name: float(found[which == i].mean()) for i, name in enumerate(KINDS) if bool((which == i).any())}
+    return {"all": float(found.mean()), **shares}
+
+
+def untrained_teacher(seed: int, device: str, dtype: torch.dtype) -> Network:
+    """Make a teacher that knows nothing yet."""
+    spec = digits_spec("teacher")
+    network = network_from_tensors(
+        spec, untrained_source(spec, seed), dtype=dtype, stored_dtype=torch.float32, device=device
+    )
+    network.logit_tokens = 1 << 30  # the vocabulary is small: all logits at once
+    return network
+
+
+def student_of(
+    teacher: Mapping[str, torch.Tensor],
+    device: str,
+    dtype: torch.dtype,
+    *,
+    init: Init = "inherit+mimic",
+    seed: int = 0,
+    stored_dtype: torch.dtype = torch.float32,
+) -> Network:
+    """Seed a Mamba-2 mixer beside every attention layer of a teacher, given as stored tensors."""
+    spec = digits_spec("teacher")
+    network = network_from_tensors(
+        spec,
+        teacher.__getitem__,
+        students=frozenset(range(spec.layers)),
+        init=init,
+        seed=seed,
+        dtype=dtype,
+        stored_dtype=stored_dtype,
+        device=device,
+    )
+    network.logit_tokens = 1 << 30
+    return network
+
+
+def with_attention(network: Network, kept: Sequence[int]) -> Network:
+    """Copy a network and let the layers `kept` stay attention."""
+    result = copy.deepcopy(network)
+    for i in kept:
+        result.layers[i].student = None
+    return result
+
+
+def stored_tensors(network: Network, kept: Sequence[int]) -> dict[str, torch.Tensor]:
+    """All tensors of the student's checkpoint on the CPU, float32; `kept` of all layers gives the teacher's."""
+    return {name: value.float().cpu().contiguous() for name, value in checkpoint_tensors(network, tuple(kept))}
+
+
+def train(
+    network: Network,
+    name: StageName,
+    options: StageOptions,
+    data: MemoryData,
+    *,
+    kept: Sequence[int] = (),
+    seed: int = 0,
+    fast: bool = True,
+    compiled: bool = False,
+    curve: Callable[[Record], None] = lambda record: None,
+) -> Network:
+    """Run one stage; `fast` records it as a CUDA graph where there is a GPU."""
+    loop = LoopOptions(seed=seed, log_steps=50, cuda_graph=fast, compile=compiled)
+    trainer = StageTrainer(network, name, options, data, loop, kept=tuple(kept))
+    trainer.run(on_record=curve)
+    network.requires_grad_(False)
+    return network
+
+
+def curve_lines(path: Path, every: int = 50, **labels: Any) -> Callable[[Record], None]:
+    """Give a function that appends every so many records to a JSONL file, with labels."""
+
+    def write(record: Record) -> None:
+        if int(record["step"]) % every == 0 or record["step"] == 1:
+            with path.open("a", encoding="utf-8") as stream:
+                stream.write(json.dumps({**labels, **record}) + "\n")
+
+    return write
