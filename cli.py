@@ -9,6 +9,7 @@ import click
 from mmm_export import __version__
 from mmm_export.command_line import PROGRAM, FlowGroup, run
 from mmm_export.commands.demo import demo
+from mmm_export.commands.digits import digits
 from mmm_export.commands.doctor import doctor
 from mmm_export.commands.evaluate import evaluate
 from mmm_export.commands.inspect import inspect
@@ -32,6 +33,7 @@ COMMANDS: tuple[click.Command, ...] = (
     inspect,
     doctor,
     plugins,
+    digits,
     demo,
 )
 

@@ -35,6 +35,8 @@ from mmm_export.distillation.trainer import Record
 LAYERS = digits_spec("teacher").layers
 HYBRID = Layout(2)  # as released: the first layer of every four
 SEEDS = (0, 1, 2)
+LOOKS = 5  # at the test accuracy during a run
+RATES = ("5e-3,2e-3,1e-3", "2e-3,1e-3,5e-4", "1e-2,5e-3,2e-3", "5e-3,2e-3,3e-3", "5e-3,2e-3,5e-3")
 GROUPS = ("counts", "subsets", "inits")
 
 
@@ -61,13 +63,11 @@ class Bench:
         self.device = options.device
         self.dtype = torch.bfloat16 if options.device == "cuda" else torch.float32
         self.options = options
-        cache = options.cache or options.work
-        self.arrays = {
-            split: _cached(cache / f"{split}-{count}", split, count, options) for split, count in _counts(options)
-        }
-        self.train = experiment.memory_data(self.arrays["train"], self.device, self.dtype)
+        self.arrays = {split: _drawn(split, count, options) for split, count in _counts(options)}
+        self.train = experiment.memory_data(self.arrays["train"], self.device, self.dtype, options.used_samples)
         self.test = experiment.memory_data(self.arrays["test"], self.device, self.dtype)
         self.begin = time.perf_counter()
+        self.looks: dict[str, int] = {}  # how often each run was measured on the way
 
     def stage(
         self, network: Network, name: StageName, options: StageOptions, run: str, seed: int, **more: Any
@@ -79,12 +79,14 @@ class Bench:
 
         def record(row: Record) -> None:
             curve(row)
-            if int(row["step"]) % max(1, options.steps // 8) == 0 and name == "supervised":
-                row = {
-                    **row,
-                    "test_accuracy": experiment.accuracy(network, self.test, self.arrays["test"].kinds)["all"],
-                }
-            if "steps_per_s" in row and int(row["step"]) % 500 == 0:
+            looks = int(row["step"]) * LOOKS // options.steps
+            if self.options.command in ("teacher", "students") and looks > self.looks.get(f"{run} {name}", 0):
+                self.looks[f"{run} {name}"] = looks
+                found = experiment.accuracy(network, self.test, self.arrays["test"].kinds)["all"]
+                self.row(run=run, seed=seed, stage=name, step=row["step"], test_accuracy=found)
+                if name == "supervised":
+                    save(self.work / "teacher.npz", experiment.stored_tensors(network, range(LAYERS)))
+            if "steps_per_s" in row and int(row["step"]) % 1000 == 0:
                 _say(run, seed, {k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()})
 
         fast = self.device == "cuda"
@@ -107,7 +109,11 @@ class Bench:
         row = {**labels, "accuracy": found["all"], "by_kind": {k: round(v, 4) for k, v in found.items() if k != "all"}}
         with (self.work / f"results-{self.options.part}.jsonl").open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(row) + "\n")
-        _say(f"{time.perf_counter() - self.begin:.0f} s", json.dumps(row))
+        self.row(**row)
+
+    def row(self, **labels: Any) -> None:
+        """Say something, with the time."""
+        _say(f"{time.perf_counter() - self.begin:.0f} s", json.dumps(labels))
 
 
 def _say(*words: object) -> None:
@@ -119,20 +125,15 @@ def _counts(options: argparse.Namespace) -> list[tuple[str, int]]:
     return [("train", options.train_samples), ("test", TEST_SAMPLES)]
 
 
-def _cached(path: Path, split: Any, count: int, options: argparse.Namespace) -> Arrays:
+def _drawn(split: Any, count: int, options: argparse.Namespace) -> Arrays:
     """Draw samples, or read those that another run drew."""
-    names = list(Arrays.__dataclass_fields__)
-    files = {name: path.with_name(f"{path.name}-{name}.npy") for name in names}
-    if not all(file.exists() for file in files.values()):
-        begin = time.perf_counter()
-        stored = json.loads((options.work / "encoding.json").read_text(encoding="utf-8"))
-        drawn = experiment.draw_arrays(
-            split, count, Assets.load(options.work / "assets.npz"), Encoding(**stored), workers=options.workers
-        )
-        for name, file in files.items():
-            np.save(file, getattr(drawn, name))
-        _say(f"drew {count} samples of {split} in {time.perf_counter() - begin:.1f} s")
-    return Arrays(**{name: np.load(file, mmap_mode="c") for name, file in files.items()})
+    begin = time.perf_counter()
+    stored = json.loads((options.work / "encoding.json").read_text(encoding="utf-8"))
+    folder = (options.cache or options.work) / f"{split}-{count}"
+    assets = Assets.load(options.work / "assets.npz")
+    arrays = experiment.draw_arrays(folder, split, count, assets, Encoding(**stored), workers=options.workers)
+    _say(f"{count} samples of {split} in {time.perf_counter() - begin:.1f} s")
+    return arrays
 
 
 def save(path: Path, tensors: dict[str, torch.Tensor]) -> None:
@@ -221,18 +222,43 @@ def group(options: argparse.Namespace) -> None:
             run(run(run(None, "1", init), "12", init), "123", init)
 
 
+def rate(options: argparse.Namespace) -> None:
+    """Try one set of learning rates on short stages."""
+    bench = Bench(options)
+    source = load(options.work / "teacher.npz")
+    network = experiment.student_of(source, bench.device, bench.dtype, seed=options.seed)
+    for name, value in zip(STAGES, map(float, options.rates.split(",")), strict=True):
+        steps = {"stage-1": 250, "stage-2": 250, "stage-3": 600}[name]
+        stage = dataclasses.replace(experiment.STUDENT[name], learning_rate=value, steps=steps)
+        seconds = bench.stage(network, name, stage, f"rates {options.rates}", options.seed)
+        bench.result(network, run=f"rates {options.rates}", stage=name, stage_s=round(seconds, 1))
+
+
+def rates(options: argparse.Namespace) -> None:
+    """Try several sets of learning rates side by side."""
+    _side_by_side(options, [["rate", f"--rates={each}", f"--part=rates-{i}"] for i, each in enumerate(RATES)])
+
+
 def ablations(options: argparse.Namespace) -> None:
     """Run all groups and seeds side by side on one GPU: models this small leave it idle most of the time."""
+    runs = [
+        ["group", f"--group={part}", f"--seed={seed}", f"--part=ablations-{part}-{seed}"]
+        for seed in SEEDS
+        for part in GROUPS
+    ]
+    _side_by_side(options, runs)
+
+
+def _side_by_side(options: argparse.Namespace, runs: list[list[str]]) -> None:
     for split, count in _counts(options):
-        _cached((options.cache or options.work) / f"{split}-{count}", split, count, options)
-    shared = [f"--{name.replace('_', '-')}={getattr(options, name)}" for name in ("work", "device", "train_samples")]
+        _drawn(split, count, options)
+    shared = [
+        f"--{name.replace('_', '-')}={getattr(options, name)}"
+        for name in ("work", "device", "train_samples", "used_samples")
+    ]
     shared += [f"--steps-scale={options.steps_scale}", f"--cache={options.cache or options.work}"]
     shared += ["--compile"] if options.compile else []
-    running = []
-    for seed in SEEDS:
-        for part in GROUPS:
-            command = [sys.executable, __file__, "group", f"--group={part}", f"--seed={seed}", *shared]
-            running.append(subprocess.Popen([*command, f"--part=ablations-{part}-{seed}"]))
+    running = [subprocess.Popen([sys.executable, __file__, *run, *shared]) for run in runs]
     failed = [process.args for process in running if process.wait() != 0]
     if failed:
         raise SystemExit(f"failed: {failed}")
@@ -240,7 +266,7 @@ def ablations(options: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = {f.__name__: f for f in (prepare, teacher, students, group, ablations)}
+    commands = {f.__name__: f for f in (prepare, teacher, students, rate, rates, group, ablations)}
     parser.add_argument("command", choices=list(commands))
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--cache", type=Path, help="folder for drawn samples; DIR unless given")
@@ -248,6 +274,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--train-samples", type=int, default=experiment.TRAIN_SAMPLES)
+    parser.add_argument("--used-samples", type=int, default=experiment.TRAIN_SAMPLES, help="of the drawn ones")
+    parser.add_argument("--rates", default=RATES[0], help="learning rates of the three stages")
     parser.add_argument("--steps-scale", type=float, default=1.0, help="of the recipe's steps; below 1 for a trial")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--group", choices=GROUPS, default="counts")

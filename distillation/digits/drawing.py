@@ -52,10 +52,11 @@ def _turned(grey: NDArray[np.float32], patch: Patch) -> NDArray[np.float32]:
     padded[2:-2, 2:-2] = grey
     step = side / (patch.scale * patch.size)
     cos, sin = math.cos(math.radians(patch.angle)) * step, math.sin(math.radians(patch.angle)) * step
-    centred = np.arange(patch.size, dtype=np.float32) - np.float32((patch.size - 1) / 2)
+    lines = np.arange(patch.size, dtype=np.float32)[:, None] - np.float32((patch.size - 1) / 2)
+    columns = lines.T - np.float32(patch.slant) * lines
     middle = np.float32((padded.shape[0] - 1) / 2)
-    y = np.clip(centred[:, None] * np.float32(cos) + centred * np.float32(sin) + middle, 0, padded.shape[0] - 1.001)
-    x = np.clip(centred * np.float32(cos) - centred[:, None] * np.float32(sin) + middle, 0, padded.shape[0] - 1.001)
+    y = np.clip(lines * np.float32(cos) + columns * np.float32(sin) + middle, 0, padded.shape[0] - 1.001)
+    x = np.clip(columns * np.float32(cos) - lines * np.float32(sin) + middle, 0, padded.shape[0] - 1.001)
     row, column = y.astype(np.intp), x.astype(np.intp)
     v, u = y - row, x - column
     upper = padded[row, column] * (1 - u) + padded[row, column + 1] * u

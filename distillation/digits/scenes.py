@@ -20,6 +20,10 @@ COLOURS: dict[str, tuple[int, int, int]] = {
     "purple": (130, 50, 150),
     "white": (240, 240, 240),
 }
+# Training sees more of everything than is asked for: there are few handwritten samples, and each should look new every time.
+SCALES: dict[Split, tuple[float, float]] = {"train": (0.72, 0.98), "test": (0.8, 0.95)}
+ANGLES: dict[Split, float] = {"train": 13.0, "test": 6.0}
+SLANTS: dict[Split, float] = {"train": 0.2, "test": 0.05}
 TEST_LAYOUTS = 5  # one layout of so many is kept for the test set
 
 
@@ -37,6 +41,7 @@ class Patch:
         left: pixels between the cell's left edge and the square's.
         scale: side of the handwriting over that of the square.
         angle: by which the handwriting is turned, in degrees.
+        slant: columns by which a row is moved for each row that it lies lower.
         pick: in 0..1, which handwritten sample of the digit.
     """
 
@@ -49,6 +54,7 @@ class Patch:
     left: int
     scale: float
     angle: float
+    slant: float
     pick: float
 
 
@@ -87,13 +93,13 @@ def draw_scene(rng: random.Random, split: Split, digits: Sequence[int], blanks: 
             break
     content: list[int | None] = [*digits, *([None] * blanks)]
     patches = sorted(
-        (_patch(rng, row, column, digit) for (row, column), digit in zip(cells, content, strict=True)),
+        (_patch(rng, split, row, column, digit) for (row, column), digit in zip(cells, content, strict=True)),
         key=lambda patch: (patch.row, patch.column),
     )
     return Scene(tuple(patches), rng.random(), (rng.random(), rng.random()), rng.random() < 0.5)
 
 
-def _patch(rng: random.Random, row: int, column: int, digit: int | None) -> Patch:
+def _patch(rng: random.Random, split: Split, row: int, column: int, digit: int | None) -> Patch:
     size = rng.randint(20, CELL - 1)
     return Patch(
         row=row,
@@ -103,7 +109,8 @@ def _patch(rng: random.Random, row: int, column: int, digit: int | None) -> Patc
         size=size,
         top=rng.randint(0, CELL - size),
         left=rng.randint(0, CELL - size),
-        scale=rng.uniform(0.8, 0.95),
-        angle=rng.uniform(-8, 8),
+        scale=rng.uniform(*SCALES[split]),
+        angle=rng.uniform(-ANGLES[split], ANGLES[split]),
+        slant=rng.uniform(-SLANTS[split], SLANTS[split]),
         pick=rng.random(),
     )
