@@ -175,12 +175,13 @@ def students(options: argparse.Namespace) -> None:
     begin = time.perf_counter()
     source = load(bench.work / "teacher.npz")
     network = experiment.student_of(source, bench.device, bench.dtype, seed=options.seed)
+    stages = _with_rates(experiment.STUDENT, options.rates)
     for name in STAGES[:2]:
-        bench.stage(network, name, experiment.STUDENT[name], "linear and hybrid", options.seed)
+        bench.stage(network, name, stages[name], "linear and hybrid", options.seed)
     for run, layout in (("linear", Layout(0)), ("hybrid", HYBRID)):
         kept = layout.kept(LAYERS)
         student = experiment.with_attention(network, kept)
-        bench.stage(student, "stage-3", experiment.STUDENT["stage-3"], run, options.seed, kept=kept)
+        bench.stage(student, "stage-3", stages["stage-3"], run, options.seed, kept=kept)
         stored = experiment.stored_tensors(student, kept)
         save(bench.work / f"{run}.npz", stored)
         bench.result(student, run=run, seed=options.seed, train_s=round(time.perf_counter() - begin, 1))
@@ -190,6 +191,7 @@ def group(options: argparse.Namespace) -> None:
     """Run one part of the ablations with one seed."""
     bench = Bench(options)
     seed, source = options.seed, load(options.work / "teacher.npz")
+    stages_of = _with_rates(experiment.ABLATION, options.rates)
 
     def run(parent: Network | None, stages: str, init: Any = "inherit+mimic", count: int = 0) -> Network:
         """Go on from `parent` (or the seeded student) by the last of `stages`, such as "13"; measure with attention."""
@@ -203,7 +205,7 @@ def group(options: argparse.Namespace) -> None:
         if name == "stage-3":
             network = experiment.with_attention(network, kept)
         label = f"{init}, stages {stages}, {count} attention layers"
-        seconds = bench.stage(network, name, experiment.ABLATION[name], label, seed, kept=kept)
+        seconds = bench.stage(network, name, stages_of[name], label, seed, kept=kept)
         labels = {"run": label, "seed": seed, "init": init, "stages": stages, "attention_layers": count}
         bench.result(network, **labels, stage_s=round(seconds, 1))
         return network
@@ -222,14 +224,21 @@ def group(options: argparse.Namespace) -> None:
             run(run(run(None, "1", init), "12", init), "123", init)
 
 
+def _with_rates(stages: dict[StageName, StageOptions], rates: str | None) -> dict[StageName, StageOptions]:
+    """Put other learning rates into a recipe."""
+    if rates is None:
+        return stages
+    values = zip(STAGES, map(float, rates.split(",")), strict=True)
+    return {name: dataclasses.replace(stages[name], learning_rate=value) for name, value in values}
+
+
 def rate(options: argparse.Namespace) -> None:
     """Try one set of learning rates on short stages."""
     bench = Bench(options)
     source = load(options.work / "teacher.npz")
     network = experiment.student_of(source, bench.device, bench.dtype, seed=options.seed)
-    for name, value in zip(STAGES, map(float, options.rates.split(",")), strict=True):
-        steps = {"stage-1": 250, "stage-2": 250, "stage-3": 600}[name]
-        stage = dataclasses.replace(experiment.STUDENT[name], learning_rate=value, steps=steps)
+    for name, options_of_stage in _with_rates(experiment.STUDENT, options.rates).items():
+        stage = dataclasses.replace(options_of_stage, steps={"stage-1": 250, "stage-2": 250, "stage-3": 600}[name])
         seconds = bench.stage(network, name, stage, f"rates {options.rates}", options.seed)
         bench.result(network, run=f"rates {options.rates}", stage=name, stage_s=round(seconds, 1))
 
@@ -258,6 +267,7 @@ def _side_by_side(options: argparse.Namespace, runs: list[list[str]]) -> None:
     ]
     shared += [f"--steps-scale={options.steps_scale}", f"--cache={options.cache or options.work}"]
     shared += ["--compile"] if options.compile else []
+    shared += [f"--rates={options.rates}"] if options.rates and "rate" not in runs[0] else []
     running = [subprocess.Popen([sys.executable, __file__, *run, *shared]) for run in runs]
     failed = [process.args for process in running if process.wait() != 0]
     if failed:
@@ -275,7 +285,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--train-samples", type=int, default=experiment.TRAIN_SAMPLES)
     parser.add_argument("--used-samples", type=int, default=experiment.TRAIN_SAMPLES, help="of the drawn ones")
-    parser.add_argument("--rates", default=RATES[0], help="learning rates of the three stages")
+    parser.add_argument("--rates", help="learning rates of the three stages, such as 5e-3,2e-3,1e-3")
     parser.add_argument("--steps-scale", type=float, default=1.0, help="of the recipe's steps; below 1 for a trial")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--group", choices=GROUPS, default="counts")
