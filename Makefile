@@ -25,7 +25,7 @@ test: check ## Lint, types, layering and the quick tests: what CI runs
 test-full: check ## The same and the tests that take minutes
 	@$(BIN)/python -m pytest -n 2 -m "not gpu" $(ARGS)
 
-demo: $(VENV)/.demo-installed ## Write, export, verify and ask a tiny random model about a photograph
+demo: $(VENV)/.demo-installed ## Export, verify and ask a small trained model about pictures it has never seen
 	@$(BIN)/mmm-export demo $(ARGS)
 
 format: $(VENV)/.test-installed ## Format the code and mend what lint can mend

@@ -61,8 +61,8 @@ _PACKAGES = (  # import name, purpose, how to get it, distribution names
     ("onnx", "onnx, verify", _EXPORT, ("onnx",)),
     ("onnxscript", "onnx", _EXPORT, ("onnxscript",)),
     ("sentencepiece", "run", "pip install sentencepiece", ("sentencepiece",)),
-    ("skimage", "demo: its photograph", _DEMO, ("scikit-image",)),
-    ("mistral_common", "demo: its vocabulary", _DEMO, ("mistral-common",)),
+    ("skimage", "demo, digits: photographs", _DEMO, ("scikit-image",)),
+    ("sklearn", "demo, digits: handwriting", _DEMO, ("scikit-learn",)),
 )
 _TENSORRT = (  # the wheels are named after the CUDA version they bring
     ("tensorrt", "engines (planned)", "pip install tensorrt; on a Jetson it comes with JetPack"),

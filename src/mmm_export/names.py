@@ -10,6 +10,7 @@ GRAPH_FILES = (VISION_FILE, EMBEDDING_FILE, DECODER_FILE)
 WEIGHTS_SUFFIX = ".data"
 
 CONFIG_FILE = "config.json"  # of a checkpoint
+DEMO_MODELS = "demo_models"  # trained checkpoints that come with the package
 
 TOKENIZER_MODEL_FILE = "tokenizer.model"
 ADDED_TOKENS_FILE = "added_tokens.json"

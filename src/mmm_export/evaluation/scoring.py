@@ -31,7 +31,8 @@ class Share:
         n, p = self.total, self.accuracy
         middle = (p + Z * Z / (2 * n)) / (1 + Z * Z / n)
         half = Z / (1 + Z * Z / n) * math.sqrt(p * (1 - p) / n + Z * Z / (4 * n * n))
-        return max(0.0, middle - half), min(1.0, middle + half)
+        # Rounding must not leave the share itself outside.
+        return max(0.0, min(p, middle - half)), min(1.0, max(p, middle + half))
 
     def to_json(self) -> dict[str, Any]:
         """Give it for a report."""
