@@ -4,8 +4,10 @@ python benchmarks/digits_distillation.py prepare --work DIR     pictures' source
 python benchmarks/digits_distillation.py teacher --work DIR     trains the teacher
 python benchmarks/digits_distillation.py students --work DIR    distils the linear and the hybrid student from it
 python benchmarks/digits_distillation.py ablations --work DIR   stages, inits and attention counts, three seeds each
+python benchmarks/digits_distillation.py ship --work DIR        writes demo_models/ from them
 
-All but `prepare` need torch and numpy alone. DIR collects assets.npz, encoding.json, curves.jsonl, results.jsonl and *.safetensors.
+All but `prepare` and `ship` need torch and numpy alone. DIR collects assets.npz, encoding.json, the models as .npz, and curves and
+results as .jsonl. `python benchmarks/digits_results.py` makes the result file of them.
 """
 
 from __future__ import annotations
@@ -31,10 +33,13 @@ from mmm_export.distillation.layout import Layout
 from mmm_export.distillation.network import Network
 from mmm_export.distillation.stage import STAGES, StageName, StageOptions
 from mmm_export.distillation.trainer import Record
+from mmm_export.model.testing.specs import Kind
 
 LAYERS = digits_spec("teacher").layers
 HYBRID = Layout(2)  # as released: the first layer of every four
 SEEDS = (0, 1, 2)
+ROOT = Path(__file__).resolve().parent.parent
+KINDS: tuple[Kind, ...] = ("teacher", "linear", "hybrid")
 LOOKS = 5  # at the test accuracy during a run
 RATES = ("5e-3,2e-3,1e-3", "2e-3,1e-3,5e-4", "1e-2,5e-3,2e-3", "5e-3,2e-3,3e-3", "5e-3,2e-3,5e-3")
 GROUPS = ("counts", "subsets", "inits")
@@ -224,6 +229,22 @@ def group(options: argparse.Namespace) -> None:
             run(run(run(None, "1", init), "12", init), "123", init)
 
 
+def ship(options: argparse.Namespace) -> None:
+    """Write the trained models as checkpoints in the released layout, bf16."""
+    from mmm_export.distillation.digits.vocabulary import digits_vocabulary
+    from mmm_export.model.tensors import unused_shapes
+    from mmm_export.model.testing import write_checkpoint
+
+    tokenizer = options.work / "tokenizer.model"
+    tokenizer.write_bytes(digits_vocabulary())
+    for kind in KINDS:
+        spec = digits_spec(kind)
+        values = {name: value.numpy() for name, value in load(options.work / f"{kind}.npz").items()}
+        folder = options.output / kind
+        write_checkpoint(folder, spec, dtype="bf16", tokenizer=tokenizer, extra=values, drop=tuple(unused_shapes(spec)))
+        _say(folder, f"{sum(file.stat().st_size for file in folder.iterdir()) / 1e6:.1f} MB")
+
+
 def _with_rates(stages: dict[StageName, StageOptions], rates: str | None) -> dict[StageName, StageOptions]:
     """Put other learning rates into a recipe."""
     if rates is None:
@@ -276,9 +297,10 @@ def _side_by_side(options: argparse.Namespace, runs: list[list[str]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = {f.__name__: f for f in (prepare, teacher, students, rate, rates, group, ablations)}
+    commands = {f.__name__: f for f in (prepare, teacher, students, rate, rates, group, ablations, ship)}
     parser.add_argument("command", choices=list(commands))
     parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--output", type=Path, default=ROOT / "demo_models", help="of ship")
     parser.add_argument("--cache", type=Path, help="folder for drawn samples; DIR unless given")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)

@@ -17,8 +17,8 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-DOCUMENTS = ("README.md", "docs/plugins.md")
-BLOCK = re.compile(r"(<!-- results: ([a-z0-9-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+DOCUMENTS = ("README.md", "docs/plugins.md", "docs/how-to/distill-your-own.md", "demo_models/README.md")
+BLOCK = re.compile(r"(<!-- results: ([a-z0-9-]+(?::[a-z-]+)?) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 Results = dict[str, Any]
 
@@ -61,10 +61,50 @@ def kernels_table(results: Results) -> str:
     )
 
 
+def digits_table(results: Results) -> str:
+    """The shipped models."""
+    models = [row for row in results["rows"] if row["name"] == "model"]
+    kinds = list(models[0]["by_kind"])
+    rows = [
+        (
+            row["model"],
+            f"{row['accuracy']:.1%} ({row['low']:.1%} to {row['high']:.1%})",
+            str(row["onnxruntime_right"]),
+            str(row["other_answers"]),
+            f"{row['checkpoint_bytes'] / 1e6:.1f} MB",
+            *(f"{row['by_kind'][kind]:.0%}" for kind in kinds),
+        )
+        for row in models
+    ]
+    header = (
+        "model",
+        f"right of {models[0]['samples']:,} (95 %)",
+        "right in ONNX Runtime",
+        "other answers there",
+        "bf16 checkpoint",
+    )
+    return _table((*header, *kinds), rows)
+
+
+def ablations_table(results: Results) -> str:
+    """Short runs, mean over their seeds."""
+    groups: dict[str, list[float]] = {}
+    for row in results["rows"]:
+        if row["name"] == "ablation":
+            groups.setdefault(row["run"], []).append(row["accuracy"])
+    rows = [
+        (run, f"{sum(found) / len(found):.1%}", f"{min(found):.1%} to {max(found):.1%}", str(len(found)))
+        for run, found in sorted(groups.items())
+    ]
+    return _table(("short run", "accuracy, mean", "lowest to highest", "seeds"), rows)
+
+
 RENDERERS: dict[str, Callable[[Results], str]] = {
     "cpu-export": export_table,
     "cpu-runtime-memory": memory_table,
     "h200-kernels": kernels_table,
+    "digits-distillation": digits_table,
+    "digits-distillation:ablations": ablations_table,
 }
 
 
@@ -72,7 +112,7 @@ def rendered(document: str, folder: Path = ROOT) -> str:
     """Return a document, which lies in `folder`, with its blocks as the result files have them; without results they say so."""
 
     def block(match: re.Match[str]) -> str:
-        path = RESULTS / f"{match[2]}.json"
+        path = RESULTS / (match[2].partition(":")[0] + ".json")
         if not path.is_file():
             return f"{match[1]}Not measured yet.\n{match[3]}"
         results = json.loads(path.read_text(encoding="utf-8"))
