@@ -3,6 +3,7 @@
 python benchmarks/digits_distillation.py prepare --work DIR     pictures' sources and token ids, on a machine with the packages
 python benchmarks/digits_distillation.py teacher --work DIR     trains the teacher
 python benchmarks/digits_distillation.py students --work DIR    distils the linear and the hybrid student from it
+python benchmarks/digits_distillation.py more --work DIR        a second round of stage 3 for the linear one
 python benchmarks/digits_distillation.py ablations --work DIR   stages, inits and attention counts, three seeds each
 python benchmarks/digits_distillation.py ship --work DIR        writes demo_models/ from them
 
@@ -60,6 +61,12 @@ def prepare(options: argparse.Namespace) -> None:
     (options.work / "encoding.json").write_text(json.dumps(dataclasses.asdict(encoding)), encoding="utf-8")
 
 
+def draw(options: argparse.Namespace) -> None:
+    """Draw the samples of both splits, which the other commands then share."""
+    for split, count in _counts(options):
+        _drawn(split, count, options)
+
+
 class Bench:
     """What all runs share: data on the device, places for curves and results."""
 
@@ -85,7 +92,7 @@ class Bench:
         def record(row: Record) -> None:
             curve(row)
             looks = int(row["step"]) * LOOKS // options.steps
-            if self.options.command in ("teacher", "students") and looks > self.looks.get(f"{run} {name}", 0):
+            if self.options.command in ("teacher", "students", "more") and looks > self.looks.get(f"{run} {name}", 0):
                 self.looks[f"{run} {name}"] = looks
                 found = experiment.accuracy(network, self.test, self.arrays["test"].kinds)["all"]
                 self.row(run=run, seed=seed, stage=name, step=row["step"], test_accuracy=found)
@@ -215,18 +222,36 @@ def group(options: argparse.Namespace) -> None:
         bench.result(network, **labels, stage_s=round(seconds, 1))
         return network
 
+    def untrained(init: Any) -> None:
+        network = experiment.student_of(source, bench.device, bench.dtype, init=init, seed=seed)
+        label = f"{init}, no stage, 0 attention layers"
+        bench.result(network, run=label, seed=seed, init=init, stages="none", attention_layers=0)
+
     if options.group == "counts":
+        untrained("inherit+mimic")
         both = run(run(None, "1"), "12")
-        for count in (1, 2, 4):
+        for count in (0, 2, 1, 4):
             run(both, "123", count=count)
-        run(both, "123")
     elif options.group == "subsets":
         run(None, "3")
         run(run(None, "2"), "23")
         run(run(None, "1"), "13")
     else:
         for init in ("scratch", "inherit"):
+            untrained(init)
             run(run(run(None, "1", init), "12", init), "123", init)
+
+
+def more(options: argparse.Namespace) -> None:
+    """Give the linear student a second round of stage 3."""
+    bench = Bench(options)
+    teacher_tensors, linear = load(bench.work / "teacher.npz"), load(bench.work / "linear.npz")
+    network = experiment.trained_student(teacher_tensors, linear, bench.device, bench.dtype)
+    bench.result(network, run="linear, first round", seed=options.seed)
+    # The order of samples continues with another seed: the first one's would begin with the same samples again.
+    seconds = bench.stage(network, "stage-3", experiment.SECOND_ROUND, "linear, second round", options.seed + 1)
+    save(bench.work / "linear.npz", experiment.stored_tensors(network, ()))
+    bench.result(network, run="linear, second round", seed=options.seed, train_s=round(seconds, 1))
 
 
 def ship(options: argparse.Namespace) -> None:
@@ -297,7 +322,7 @@ def _side_by_side(options: argparse.Namespace, runs: list[list[str]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = {f.__name__: f for f in (prepare, teacher, students, rate, rates, group, ablations, ship)}
+    commands = {f.__name__: f for f in (prepare, draw, teacher, students, rate, rates, group, ablations, more, ship)}
     parser.add_argument("command", choices=list(commands))
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--output", type=Path, default=ROOT / "demo_models", help="of ship")

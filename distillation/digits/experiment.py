@@ -6,7 +6,6 @@ import copy
 import json
 import multiprocessing
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +17,18 @@ from mmm_export.distillation.digits.arrays import Arrays, Encoding, arrays_from_
 from mmm_export.distillation.digits.assets import Assets, Split
 from mmm_export.distillation.digits.questions import KINDS
 from mmm_export.distillation.digits.samples import sample
-from mmm_export.distillation.loading import checkpoint_tensors, network_from_tensors, untrained_source
+from mmm_export.distillation.loading import (
+    STUDENT_PARAMETERS,
+    checkpoint_tensors,
+    network_from_tensors,
+    untrained_source,
+)
 from mmm_export.distillation.memory_data import MemoryData
 from mmm_export.distillation.network import Network
 from mmm_export.distillation.seeding import Init
 from mmm_export.distillation.stage import StageName, StageOptions
 from mmm_export.distillation.trainer import LoopOptions, Record, StageTrainer
+from mmm_export.model.tensors import layer_prefix
 
 EVALUATED_AT_ONCE = 500
 
@@ -55,9 +60,15 @@ STUDENT: dict[StageName, StageOptions] = {
     "stage-2": _stage(2500, 2e-3),
     "stage-3": _stage(5000, 1e-3, positions="answers"),
 }
+# The linear student, which has no attention to fall back on, has a second, longer round of stage 3.
+SECOND_ROUND = _stage(
+    12_000, 1.5e-3, batch_samples=128, samples_per_pass=128, warmup_share=0.03, decay_share=0.5, positions="answers"
+)
 # The ablations compare short runs: what a stage is worth shows while there is something left to learn.
 ABLATION: dict[StageName, StageOptions] = {
-    name: replace(options, steps=600, batch_samples=128, samples_per_pass=128) for name, options in STUDENT.items()
+    "stage-1": _stage(400, 1e-2, batch_samples=64, samples_per_pass=64),
+    "stage-2": _stage(400, 5e-3, batch_samples=64, samples_per_pass=64),
+    "stage-3": _stage(400, 2e-3, batch_samples=64, samples_per_pass=64, positions="answers"),
 }
 
 
@@ -154,6 +165,27 @@ def student_of(
         device=device,
     )
     network.logit_tokens = 1 << 30
+    return network
+
+
+@torch.no_grad()
+def trained_student(
+    teacher: Mapping[str, torch.Tensor], student: Mapping[str, torch.Tensor], device: str, dtype: torch.dtype
+) -> Network:
+    """Put the mixers of a trained linear student, given as stored tensors, beside the attention of its teacher."""
+    network = student_of(teacher, device, dtype)
+    spec = network.spec
+    rows = (spec.conv_channels, spec.heads * spec.head_dim, spec.heads)
+    for i, layer in enumerate(network.layers):
+        prefix = f"{layer_prefix(spec, i)}attention."
+        mixer = layer.student
+        assert mixer is not None
+        parts = torch.split(student[prefix + "wvkqgdt.weight"], list(rows))
+        for part, value in zip((mixer.wvkq, mixer.wg, mixer.wdt), parts, strict=True):
+            part.weight.copy_(value.t())
+        for name in STUDENT_PARAMETERS:
+            parameter = mixer.get_parameter(name)
+            parameter.copy_(student[prefix + name].reshape(parameter.shape))
     return network
 
 
