@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "src" / "mmm_export"
 LINKS = {
     "cli.py": "../../cli.py",
+    "demo_models": "../../demo_models",
     "distillation": "../../distillation",
     "exporter": "../../exporter",
     "model": "../../model",
@@ -22,7 +23,7 @@ LINKS = {
     "runtime": "../../runtime",
 }
 TOP_LEVEL = {
-    *("benchmarks", "distillation", "docs", "exporter", "model", "plugins", "runtime", "src", "tests"),
+    *("benchmarks", "demo_models", "distillation", "docs", "exporter", "model", "plugins", "runtime", "src", "tests"),
     *("cli.py", "pyproject.toml", "constraints.txt", "Makefile", "LICENSE"),
     *("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md"),
     *(".ci", ".gitignore", ".pre-commit-config.yaml"),
@@ -80,7 +81,7 @@ VIOLATIONS = {
 
 
 def copy_of_sources(folder: Path) -> Path:
-    for name in ("src", "distillation", "exporter", "model", "plugins", "runtime"):
+    for name in ("src", "demo_models", "distillation", "exporter", "model", "plugins", "runtime"):
         shutil.copytree(ROOT / name, folder / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("cli.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, folder / name)
