@@ -8,8 +8,10 @@ import click
 
 from mmm_export import __version__
 from mmm_export.command_line import PROGRAM, FlowGroup, run
+from mmm_export.commands.bench import bench
 from mmm_export.commands.demo import demo
 from mmm_export.commands.digits import digits
+from mmm_export.commands.distill import distill
 from mmm_export.commands.doctor import doctor
 from mmm_export.commands.evaluate import evaluate
 from mmm_export.commands.inspect import inspect
@@ -26,10 +28,12 @@ The flow, from a checkpoint to text:
 Each command explains itself: {PROGRAM} COMMAND --help"""
 
 COMMANDS: tuple[click.Command, ...] = (
+    distill,
     onnx,
     verify,
     run_bundle,
     evaluate,
+    bench,
     inspect,
     doctor,
     plugins,

@@ -17,7 +17,13 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-DOCUMENTS = ("README.md", "docs/plugins.md", "docs/how-to/distill-your-own.md", "demo_models/README.md")
+DOCUMENTS = (
+    "README.md",
+    "docs/plugins.md",
+    "docs/distillation.md",
+    "docs/how-to/distill-your-own.md",
+    "demo_models/README.md",
+)
 BLOCK = re.compile(r"(<!-- results: ([a-z0-9-]+(?::[a-z-]+)?) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 Results = dict[str, Any]
@@ -99,12 +105,42 @@ def ablations_table(results: Results) -> str:
     return _table(("short run", "accuracy, mean", "lowest to highest", "seeds"), rows)
 
 
+def seeding_table(results: Results) -> str:
+    rows = [
+        (
+            row["model"],
+            f"{row['student_bytes'] / 1e9:.2f} GB",
+            f"{row['wall_s']:.0f} s",
+            f"{row['peak_anonymous_mib'] * 2**20 / 1e9:.2f} GB",
+        )
+        for row in results["rows"]
+    ]
+    return _table(("seeding a linear student from", "written", "time", "peak memory, without page cache"), rows)
+
+
+def distillation_table(results: Results) -> str:
+    rows = [
+        (
+            row["name"],
+            f"{row['trained_parameters'] / 1e6:.0f} M",
+            "yes" if row["recompute"] else "no",
+            f"{row['step_s']:.2f} s",
+            f"{row['tokens_per_s']:,.0f}",
+            f"{row['peak_gib']:.1f} GiB",
+        )
+        for row in results["rows"]
+    ]
+    return _table(("stage", "trained", "recompute", "optimizer step", "tokens/s", "peak memory"), rows)
+
+
 RENDERERS: dict[str, Callable[[Results], str]] = {
     "cpu-export": export_table,
     "cpu-runtime-memory": memory_table,
     "h200-kernels": kernels_table,
     "digits-distillation": digits_table,
     "digits-distillation:ablations": ablations_table,
+    "cpu-seeding": seeding_table,
+    "h100-full-size-distillation": distillation_table,
 }
 
 

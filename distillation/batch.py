@@ -33,7 +33,7 @@ class Batch:
         """Copy to a device."""
         return self._map(lambda value: value.to(device, non_blocking=True))
 
-    def pin(self) -> Batch:
+    def pin_memory(self) -> Batch:
         """Copy to memory from which a GPU can fetch by itself."""
         return self._map(lambda value: value.pin_memory())
 

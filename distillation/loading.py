@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from mmm_export.distillation.mixers import StudentMixer
 from mmm_export.distillation.network import Layer, Network
+from mmm_export.distillation.parallel import whole
 from mmm_export.distillation.seeding import Init, seeded_mixer
 from mmm_export.model import tensors
 from mmm_export.model.decoder import MmMamba
@@ -111,10 +112,14 @@ def _plain(source: Source, name: str, spec: ModelSpec, head: str) -> Tensor:
 
 def student_tensors(student: StudentMixer) -> dict[str, Tensor]:
     """Give a student's parameters by their name in a checkpoint, without the layer's prefix and `attention.`."""
-    packed = torch.cat([part.weight.detach().float() for part in (student.wvkq, student.wg, student.wdt)], dim=1)
-    found = {name: student.get_parameter(name).detach().float() for name in STUDENT_PARAMETERS}
+    packed = torch.cat([_value(part.weight) for part in (student.wvkq, student.wg, student.wdt)], dim=1)
+    found = {name: _value(student.get_parameter(name)) for name in STUDENT_PARAMETERS}
     found["conv1d.weight"] = found["conv1d.weight"][:, None]
     return {"wvkqgdt.weight": packed.t(), **found}
+
+
+def _value(parameter: Tensor) -> Tensor:
+    return whole(parameter.detach()).float()
 
 
 def layer_tensors(layer: Layer, *, keep_attention: bool) -> dict[str, Tensor]:
@@ -124,9 +129,9 @@ def layer_tensors(layer: Layer, *, keep_attention: bool) -> dict[str, Tensor]:
         layer: of a network.
         keep_attention: whether the teacher's mixer is stored where there are both.
     """
-    out = layer.out.weight.detach().t()
+    out = whole(layer.out.weight.detach()).t()
     if layer.teacher is not None and (keep_attention or layer.student is None):
-        return {"wqkv.weight": layer.teacher.wqkv.weight.detach().t(), "wo.weight": out}
+        return {"wqkv.weight": whole(layer.teacher.wqkv.weight.detach()).t(), "wo.weight": out}
     assert layer.student is not None
     return {**student_tensors(layer.student), "o_proj.weight": out}
 
@@ -142,7 +147,7 @@ def checkpoint_tensors(network: Network, kept: tuple[int, ...]) -> Iterator[tupl
     for name, parameter in network.named_parameters():
         if any(part in name for part in (".student.", ".teacher.", ".out.")):
             continue
-        value = parameter.detach()
+        value = whole(parameter.detach())
         owner = network.get_submodule(name.rpartition(".")[0])
         if isinstance(owner, Projection) and name.endswith(".weight"):
             value = value.t()

@@ -56,6 +56,6 @@ def _in_parts(part: Callable[..., Tensor], tokens: int, *values: Tensor) -> Tens
         return part(*values)
     pieces = zip(*(torch.split(value, tokens) for value in values), strict=True)
     sums = [
-        checkpoint(part, *piece, use_reentrant=False) for piece in pieces
+        checkpoint(part, *piece, use_reentrant=False, preserve_rng_state=False) for piece in pieces
     ]  # logits are computed again on the way back
     return torch.stack(sums).sum()

@@ -61,7 +61,7 @@ class Layer(nn.Module):
         # The teacher's side is constant here: no gradient leaves a layer.
         u, y = u.detach(), y.detach()
         if recompute and torch.is_grad_enabled():
-            imitated = checkpoint(self.student, u, frame, use_reentrant=False)
+            imitated = checkpoint(self.student, u, frame, use_reentrant=False, preserve_rng_state=False)
         else:
             imitated = self.student(u, frame)
         error = (imitated.to(_wide(y)) - y.to(_wide(y))).square().mean(-1)
@@ -117,12 +117,12 @@ class Network(nn.Module):
         x = self.embed(batch)
         if objective == "answers":
             x, _ = self._run(x, batch, "student")
-            return cross_entropy_sum(self.logits, x, batch.targets, self.logit_tokens)[None]
+            return torch.stack([cross_entropy_sum(self.logits, x, batch.targets, self.logit_tokens)])
         with torch.no_grad():
             wanted, _ = self._run(x, batch, "teacher")
         x, _ = self._run(x, batch, "student")
         weights = batch.valid if positions == "all" else batch.targets >= 0
-        return divergence_sum(self.logits, x, wanted, weights, self.logit_tokens)[None]
+        return torch.stack([divergence_sum(self.logits, x, wanted, weights, self.logit_tokens)])
 
     def hidden(self, batch: Batch, role: Role = "student") -> Tensor:
         """Run both stacks: -> (B, T, hidden), before the final norm."""
@@ -147,22 +147,22 @@ class Network(nn.Module):
     def _run(self, x: Tensor, batch: Batch, role: Role) -> tuple[Tensor, Tensor]:
         losses = []
         segments = batch.segments
-        seen = None
+        seen, ends = None, batch.valid.sum(1)
         if segments is not None:
             tokens = segments.shape[1]
             causal = torch.ones(tokens, tokens, dtype=torch.bool, device=x.device).tril()
-            seen = (causal & (segments[:, :, None] == segments[:, None, :]))[:, None]
-        ends = batch.positions.amax(1) + 1
+            same = segments[:, :, None] == segments[:, None, :]
+            seen, ends = (causal & same)[:, None], same.sum(2)
         stacks = (("embedding", self.embedding_model.encoder), ("llm", self.language_model.model.layers))
         for name, layers in stacks:
-            cos, sin = self.ropes[name](batch.positions, ends) if name in self.ropes else (None, None)
+            cos, sin = _angles(self.ropes[name], batch.positions, ends) if name in self.ropes else (None, None)
             frame = Frame(segments, seen, cos, sin)
             for layer in layers:
                 if role == "mimic":
                     x, loss = layer(x, frame, role, batch.valid, self.recompute)
                     losses += [] if loss is None else [loss]
                 elif self.recompute and torch.is_grad_enabled():
-                    x, _ = checkpoint(layer, x, frame, role, use_reentrant=False)
+                    x, _ = checkpoint(layer, x, frame, role, use_reentrant=False, preserve_rng_state=False)
                 else:
                     x, _ = layer(x, frame, role)
             if name == "embedding" and self.spec.normalize_embedding:
@@ -177,6 +177,16 @@ def _layers(spec: ModelSpec, stack: StackSpec, first: int, students: frozenset[i
             teacher = kind == "mha"
             layers.append(Layer(spec, stack.norm_eps, teacher=teacher, student=not teacher or i in students))
     return layers
+
+
+def _angles(rope: nn.Module, positions: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosine and sine (B, 1, T, head_dim/2) for positions (B, T); `ends`, tokens of a sample, are (B,) or for each token (B, T)."""
+    if ends.dim() == 1:
+        cos, sin = rope(positions, ends)
+        return cos, sin
+    cos, sin = rope(positions.reshape(-1, 1), ends.reshape(-1))
+    shape = (positions.shape[0], 1, positions.shape[1], -1)
+    return cos.reshape(shape), sin.reshape(shape)
 
 
 def _wide(x: Tensor) -> torch.dtype:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -15,7 +15,7 @@ from mmm_export import names
 from mmm_export.distillation.layout import student_spec
 from mmm_export.distillation.loading import checkpoint_tensors, network_from_tensors
 from mmm_export.distillation.network import Network
-from mmm_export.distillation.parallel import SINGLE, Processes
+from mmm_export.distillation.parallel import SINGLE, Processes, spread
 from mmm_export.distillation.recipe import Recipe
 from mmm_export.distillation.stage import StageName, StageOptions
 from mmm_export.distillation.states import load_parameters, load_trainer, parameters_state, trainer_state
@@ -30,6 +30,7 @@ from mmm_export.output import output_folder
 from mmm_export.progress import Progress, SilentProgress
 from mmm_export.spec import ModelSpec
 
+VALUE_BYTES: dict[Dtype, int] = {"fp32": 4, "fp16": 2, "bf16": 2}
 DTYPES: dict[Dtype, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -68,7 +69,6 @@ class Job:
         force: whether an existing output is replaced.
         device: where it is computed.
         processes: that do it together.
-        shard: spreads a network over them.
     """
 
     teacher: Path
@@ -81,7 +81,6 @@ class Job:
     force: bool = False
     device: str = "cpu"
     processes: Processes = SINGLE
-    shard: Callable[[Network], None] = field(default=lambda network: None)
 
 
 def run_job(
@@ -133,10 +132,18 @@ def _run(
     spec = checkpoint.spec
     check_teacher(spec, recipe)
     kept = recipe.layout.kept(spec.layers)
+    dtype = recipe.output.dtype or checkpoint.dtype
+    target = spec if recipe.supervised else student_spec(spec, kept)
     with ExitStack() as stack:
         if job.processes.first:
             place = stack.enter_context(
-                output_folder(job.output, force=job.force, marker=names.CONFIG_FILE, protect=(job.teacher,))
+                output_folder(
+                    job.output,
+                    force=job.force,
+                    needed_bytes=checkpoint_bytes(checkpoint, target, dtype),
+                    marker=names.CONFIG_FILE,
+                    protect=(job.teacher,),
+                )
             )
         source = data(checkpoint)
         identity = work_identity(recipe, str(sorted(checkpoint.config.items())), job.data_identity)
@@ -146,14 +153,20 @@ def _run(
         job.processes.wait()
         with progress.stage("Read the teacher and seed the student"):
             network = build_network(checkpoint, recipe, job.device)
-            job.shard(network)
+            if job.processes.count > 1:
+                spread(network, [*network.layers], job.device)
         for name in job.stages:
             _run_stage(job, network, name, source, work, kept, listener, stop)
-        final = dict(_final_tensors(checkpoint, network, kept, recipe))
+        final = dict(_final_tensors(checkpoint, network, kept, recipe, job.processes.first))
         if job.processes.first:
-            dtype = recipe.output.dtype or checkpoint.dtype
-            target = spec if recipe.supervised else student_spec(spec, kept)
-            write_network(place, checkpoint, final, target, dtype, progress)
+            write_network(
+                place,
+                checkpoint,
+                lambda name: final[name] if name in final else checkpoint.tensor(name),
+                target,
+                dtype,
+                progress,
+            )
         job.processes.wait()
 
 
@@ -242,7 +255,11 @@ def _run_stage(
             path = work.save_bad_batch(trainer.batches_of(trainer.step), indices, job.processes.rank)
             error.hint = f"{error.hint}: {path}"
             raise
-        except torch.cuda.OutOfMemoryError as error:
+        except (RuntimeError, MemoryError) as error:
+            if not isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError)) and "allocate memory" not in str(
+                error
+            ):
+                raise
             raise out_of_memory(error, stage, job.recipe) from error
     if trainer.step < stage.steps:
         raise _StoppedError
@@ -263,51 +280,56 @@ def out_of_memory(error: Exception, stage: StageOptions, recipe: Recipe) -> Trai
     else:
         advice = f"lower data.max_tokens, which is {recipe.data.max_tokens}, or use more GPUs"
     return TrainingError(
-        "the GPU's memory is full", found=str(error).splitlines()[0][:160], wanted="a pass that fits", hint=advice
+        "the memory is full", found=(str(error).splitlines() or [""])[0][:160], wanted="a pass that fits", hint=advice
     )
 
 
 def _final_tensors(
-    checkpoint: Checkpoint, network: Network, kept: tuple[int, ...], recipe: Recipe
+    checkpoint: Checkpoint, network: Network, kept: tuple[int, ...], recipe: Recipe, keep: bool
 ) -> Mapping[str, Tensor]:
     """Give what training changed, whole and on the CPU, by stored name."""
     changed = {}
     for name, value in checkpoint_tensors(network, kept):
         stored = checkpoint.head_name if name == tensors.HEAD else name
         if recipe.supervised or (".attention." in stored and not stored.endswith(("wqkv.weight", "wo.weight"))):
-            changed[stored] = value
+            value = value.cpu()  # gathered by all processes, kept by one
+            if keep:
+                changed[stored] = value
     return changed
 
 
 def write_network(
     folder: Path,
     checkpoint: Checkpoint,
-    changed: Mapping[str, Tensor],
+    tensor: Callable[[str], Tensor],
     target: ModelSpec,
     dtype: Dtype,
     progress: Progress,
 ) -> None:
-    """Write a checkpoint: what changed, and all the rest from the teacher's files."""
-    shapes = tensors.required_shapes(target, head=checkpoint.head_name)
-    shapes |= {n: shape for n, shape in tensors.unused_shapes(target).items() if n in checkpoint.names()}
-
-    def tensor(name: str) -> Tensor:
-        if name in changed:
-            return changed[name]
-        return checkpoint.tensor(name)
-
-    total = sum(torch.Size(shape).numel() for shape in shapes.values())
-    with progress.stage("Write the checkpoint", 2 * total) as advance:
+    """Write a checkpoint of the teacher's kind, its tensors as `tensor` gives them by name."""
+    width = VALUE_BYTES[dtype]
+    with progress.stage("Write the checkpoint", checkpoint_bytes(checkpoint, target, dtype)) as advance:
         write_student(
             folder,
             target,
             checkpoint.config,
-            shapes,
+            _shapes(checkpoint, target),
             tensor,
             dtype=dtype,
             tokenizer=checkpoint.folder,
-            advance=lambda values: advance(2 * values),
+            advance=lambda values: advance(width * values),
         )
+
+
+def checkpoint_bytes(checkpoint: Checkpoint, target: ModelSpec, dtype: Dtype) -> int:
+    """Size of a student's weights on the disk."""
+    return VALUE_BYTES[dtype] * sum(torch.Size(shape).numel() for shape in _shapes(checkpoint, target).values())
+
+
+def _shapes(checkpoint: Checkpoint, target: ModelSpec) -> dict[str, tensors.Shape]:
+    """Every tensor of a student: what it needs, and what the teacher stores besides."""
+    shapes = tensors.required_shapes(target, head=checkpoint.head_name)
+    return shapes | {n: shape for n, shape in tensors.unused_shapes(target).items() if n in checkpoint.names()}
 
 
 def random_teacher(folder: Path, spec: ModelSpec, *, seed: int, dtype: Dtype = "fp32", tokenizer: Path | None) -> None:

@@ -49,9 +49,9 @@ class RunOptions:
     """How the work is done; it changes speed and memory, and the result by rounding alone.
 
     Attributes:
-        dtype: number format of the activations, and of frozen weights.
+        dtype: number format of the activations, and of frozen weights; not fp16, whose gradients would need scaling.
         recompute: activation checkpointing: forget what a layer computed and compute it again on the way back.
-        compile: whether torch.compile compiles the passes.
+        compile: whether torch.compile compiles the layers.
         cuda_graph: whether a step is recorded once and replayed, see LoopOptions.
         deterministic: whether to take only kernels that give the same bits each time.
         logit_tokens: positions whose logits are in memory at a time.
@@ -59,7 +59,7 @@ class RunOptions:
         snapshot_steps: steps between two snapshots.
     """
 
-    dtype: Dtype = "bf16"
+    dtype: Literal["fp32", "bf16"] = "bf16"
     recompute: bool = True
     compile: bool = False
     cuda_graph: bool = False
@@ -94,8 +94,12 @@ class Recipe:
 
     Attributes:
         seed: of the drawn starting values and of the order of samples.
-        stages: what is run, by name, in order.
-        objective: "distill" makes a student; "supervised" trains the given model itself on the answers.
+        stages: what is run, by name, in order; "supervised" alone trains the given model itself.
+        seeding: what students start from.
+        layout: which layers stay attention.
+        data: how samples become batches.
+        run: how the work is done.
+        output: what is written.
     """
 
     stages: Mapping[StageName, StageOptions]

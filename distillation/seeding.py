@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -42,6 +43,16 @@ def rows_from_blocks(wqkv: Tensor, spec: ModelSpec) -> Tensor:
     return torch.cat([part.reshape(-1, wqkv.shape[1]) for part in parts])
 
 
+MIXER_TENSORS = (
+    "wvkqgdt.weight",
+    "conv1d.weight",
+    "conv1d.bias",
+    "dt_bias",
+    "A_log_bias",
+    "g_norm_swish_gate.weight",
+)
+
+
 def seeded_mixer(wqkv: Tensor, spec: ModelSpec, layer: int, *, init: Init, seed: int) -> dict[str, Tensor]:
     """Make the parameters of one student mixer.
 
@@ -53,42 +64,54 @@ def seeded_mixer(wqkv: Tensor, spec: ModelSpec, layer: int, *, init: Init, seed:
         seed: of the drawn values.
 
     Returns:
-        Tensors by their name in a checkpoint, without the layer's prefix and `attention.`, in float32: all but o_proj.
+        Tensors by their name in a checkpoint, without the layer's prefix and `attention.`, in float32 on the CPU: MIXER_TENSORS.
     """
-    C, H, width = spec.conv_channels, spec.heads, spec.conv_width
-    inner = H * spec.head_dim
+    return {name: seeded_tensor(name, lambda: wqkv, spec, layer, init=init, seed=seed) for name in MIXER_TENSORS}
 
-    def uniform(name: str, shape: tuple[int, ...], low: float, high: float) -> Tensor:
-        digest = hashlib.sha256(f"{seed}/{layer}/{name}".encode()).digest()
+
+def seeded_tensor(
+    name: str, wqkv: Callable[[], Tensor], spec: ModelSpec, layer: int, *, init: Init, seed: int
+) -> Tensor:
+    """Make one of MIXER_TENSORS; `wqkv` is asked only when it is needed. The rest as `seeded_mixer`."""
+    C, H, width = spec.conv_channels, spec.heads, spec.conv_width
+    mimics = init == "inherit+mimic"
+    draw = _Draw(spec, layer, seed)
+    if name == "wvkqgdt.weight":
+        vkq = draw.xavier("vkq", C) if init == "scratch" else rows_from_blocks(wqkv().cpu(), spec).float()
+        dt = torch.zeros(H, spec.hidden_size) if mimics else draw.xavier("dt", H)
+        return torch.cat([vkq, draw.xavier("gate", H * spec.head_dim), dt])
+    if name == "conv1d.weight":
+        if not mimics:
+            return draw.uniform(name, (C, 1, width), -(width**-0.5), width**-0.5)
+        weight = torch.zeros(C, 1, width)
+        weight[..., -1] = 1
+        return weight
+    if name == "conv1d.bias":
+        return torch.zeros(C) if mimics else draw.uniform(name, (C,), -(width**-0.5), width**-0.5)
+    if name == "dt_bias":
+        if not mimics:
+            return torch.zeros(H)
+        low, high = (math.log(bound) for bound in DELTA_RANGE)
+        delta = draw.uniform("delta", (H,), low, high).double().exp()
+        return torch.log(torch.expm1(delta)).float()  # the inverse of softplus
+    if name == "A_log_bias":
+        return torch.ones(H) if mimics else draw.uniform(name, (H,), *DECAY_RANGE).log()
+    if name == "g_norm_swish_gate.weight":
+        return torch.ones(spec.head_dim)
+    raise KeyError(name)
+
+
+class _Draw:
+    """Random values that depend on seed, layer and name alone."""
+
+    def __init__(self, spec: ModelSpec, layer: int, seed: int) -> None:
+        self._spec, self._layer, self._seed = spec, layer, seed
+
+    def uniform(self, name: str, shape: tuple[int, ...], low: float, high: float) -> Tensor:
+        digest = hashlib.sha256(f"{self._seed}/{self._layer}/{name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
         return torch.rand(shape, generator=generator) * (high - low) + low
 
-    def xavier(name: str, rows: int) -> Tensor:
-        bound = XAVIER_GAIN * math.sqrt(6 / (rows + spec.hidden_size))
-        return uniform(name, (rows, spec.hidden_size), -bound, bound)
-
-    vkq = xavier("vkq", C) if init == "scratch" else rows_from_blocks(wqkv, spec).float()
-    if init == "inherit+mimic":
-        conv_weight = torch.zeros(C, 1, width)
-        conv_weight[..., -1] = 1
-        conv_bias = torch.zeros(C)
-        dt = torch.zeros(H, spec.hidden_size)
-        low, high = (math.log(bound) for bound in DELTA_RANGE)
-        delta = uniform("delta", (H,), low, high).double().exp()
-        dt_bias = torch.log(torch.expm1(delta)).float()  # the inverse of softplus
-        A_log = torch.ones(H)
-    else:
-        bound = width**-0.5
-        conv_weight = uniform("conv1d.weight", (C, 1, width), -bound, bound)
-        conv_bias = uniform("conv1d.bias", (C,), -bound, bound)
-        dt = xavier("dt", H)
-        dt_bias = torch.zeros(H)
-        A_log = uniform("A_log_bias", (H,), *DECAY_RANGE).log()
-    return {
-        "wvkqgdt.weight": torch.cat([vkq, xavier("gate", inner), dt]),
-        "conv1d.weight": conv_weight,
-        "conv1d.bias": conv_bias,
-        "dt_bias": dt_bias,
-        "A_log_bias": A_log,
-        "g_norm_swish_gate.weight": torch.ones(spec.head_dim),
-    }
+    def xavier(self, name: str, rows: int) -> Tensor:
+        bound = XAVIER_GAIN * math.sqrt(6 / (rows + self._spec.hidden_size))
+        return self.uniform(name, (rows, self._spec.hidden_size), -bound, bound)

@@ -8,6 +8,7 @@ from typing import Literal
 from torch import nn
 
 from mmm_export.distillation.network import Network, Objective
+from mmm_export.distillation.parallel import set_trained
 from mmm_export.errors import OptionError
 
 StageName = Literal["stage-1", "stage-2", "stage-3", "supervised"]
@@ -116,7 +117,6 @@ def trained_parameters(network: Network, name: StageName, options: StageOptions,
         kept: layers that stay attention; their student mixers are not used in stage 3 and stay as they are.
     """
     parts = options.train or TRAINS[name]
-    network.requires_grad_(False)
     if "all" in parts:
         chosen = dict(network.named_parameters())
         if OBJECTIVES[name] != "answers":
@@ -128,9 +128,7 @@ def trained_parameters(network: Network, name: StageName, options: StageOptions,
     chosen = {n: p for n, p in chosen.items() if not n.startswith(unused)}
     if not chosen:
         raise OptionError(f"{name} trains nothing", found=f"parts {', '.join(parts)}", wanted="a layer that has them")
-    for parameter in chosen.values():
-        if parameter.dtype.is_floating_point:
-            parameter.requires_grad_(True)
+    set_trained(network, set(chosen))
     return list(chosen)
 
 

@@ -8,14 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from mmm_export.distillation.parallel import whole
 from mmm_export.distillation.trainer import StageTrainer
 
 ADAM = ("exp_avg", "exp_avg_sq")
-
-
-def whole(value: Tensor) -> Tensor:
-    """Gather a tensor that may be spread over processes; every process has to ask for it."""
-    return value.full_tensor() if isinstance(value, DTensor) else value
 
 
 def parameters_state(network: nn.Module, trained: list[str]) -> dict[str, Tensor]:

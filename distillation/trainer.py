@@ -44,7 +44,7 @@ class LoopOptions:
         seed: of the order of samples.
         log_steps: steps between two looks at the loss; each look waits for the device.
         snapshot_steps: steps between two snapshots, 0 for none but the last.
-        compile: whether torch.compile compiles the passes.
+        compile: whether torch.compile compiles the layers.
         cuda_graph: whether pass and update are recorded once and replayed: for small models, whose kernels are shorter than
             their launch. All batches must have one shape, on one GPU.
     """
@@ -99,9 +99,9 @@ class StageTrainer:
         if self.graph and processes.count > 1:
             raise OptionError("CUDA graphs and several processes do not go together", hint="turn cuda_graph off")
         self.optimizer = adamw(zip(self.trained, self._parameters, strict=True), stage, graph=self.graph)
-        self._forward: Callable[..., Tensor] = network
         if loop.compile:
-            self._forward = torch.compile(network, dynamic=False if self.graph else None)
+            for layer in network.layers:  # one by one: all layers of a kind then share one compiled function
+                layer.compile(dynamic=False if self.graph else None)
         # A sum that is divided when its count is known; this keeps it near 1 meanwhile.
         self._nominal = 1.0 / stage.batch_samples
         self._losses: Tensor | None = None
@@ -142,7 +142,7 @@ class StageTrainer:
             waiting.append((step, losses, norm))
             self.step = step + 1
             last = self.step == stage.steps
-            ends = stop()
+            ends = self.processes.any(stop(), self.device)
             due = bool(self.loop.snapshot_steps) and self.step % self.loop.snapshot_steps == 0
             if last or ends or due or self.step % self.loop.log_steps == 0:
                 seconds = time.perf_counter() - begin
@@ -164,7 +164,7 @@ class StageTrainer:
             self._accumulate(batch.to(self.device))
 
     def _accumulate(self, batch: Batch) -> None:
-        losses = self._forward(batch, OBJECTIVES[self.name], self.stage.positions)
+        losses = self.network(batch, OBJECTIVES[self.name], self.stage.positions)
         torch.autograd.backward(losses.sum() * (self._nominal * self.processes.count))
         found = losses.detach().float()
         if self._losses is None:

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from mmm_export.model.scan import ScanSizes, ScanWeights
 
-CHUNK_TOKENS = 64
+WIDE_HEAD = 128  # from this width on, chunks of 128 tokens: each leaves a state, which is then larger than its products
 
 
 def scan_sequences(
@@ -21,7 +21,7 @@ def scan_sequences(
     segments: Tensor | None,
     weights: ScanWeights,
     sizes: ScanSizes,
-    chunk_tokens: int = CHUNK_TOKENS,
+    chunk_tokens: int | None = None,
 ) -> Tensor:
     """Run everything between the two projections over whole sequences.
 
@@ -29,8 +29,12 @@ def scan_sequences(
     for each sample of a row, tokens of a sample side by side, or None when a row is one sample. Nothing passes from one
     sample to another. Padding stands behind the samples and changes nothing in front of it.
 
+    `chunk_tokens` does not change the result but by rounding; None chooses.
+
     Returns: y (B, T, H*P), gated and normalised, in the type of `projected`.
     """
+    if chunk_tokens is None:
+        chunk_tokens = 128 if sizes.head_dim >= WIDE_HEAD else 64
     with torch.autocast(projected.device.type, enabled=False):
         return _scan(projected, segments, weights, sizes, chunk_tokens)
 

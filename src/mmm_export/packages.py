@@ -10,6 +10,9 @@ from mmm_export.errors import MissingPackageError
 EXTRAS: dict[str, tuple[str, ...]] = {
     "export": ("torch", "onnx", "onnx_ir", "onnxscript", "matplotlib"),
     "demo": ("skimage", "sklearn"),
+    "distill": ("torch", "ruamel"),
+    "tensorboard": ("tensorboard",),
+    "bench": ("matplotlib",),
     "plugins": ("elftools",),
 }
 

@@ -7,7 +7,9 @@ import torch
 from mmm_export.distillation.batch import NO_TARGET, Batch
 from mmm_export.distillation.loading import checkpoint_tensors, network_from_tensors
 from mmm_export.model.checkpoint import Checkpoint
+from mmm_export.model.testing import tiny_spec
 from mmm_export.model.weights import load_model
+from mmm_export.spec import RopeSpec
 
 # Both add the same float64 numbers in another order, through four layers.
 EXACT = {"rtol": 1e-8, "atol": 1e-9}
@@ -33,10 +35,15 @@ def batch_of(spec, lengths, *, packed, seed=0):
     return Batch(ids, targets, valid, positions, segments, pixels, len(lengths))
 
 
+SCALED = RopeSpec(theta=10000.0, scaling="dynamic", factor=2.0, max_tokens=12)  # of samples longer than 12 tokens
+SPECS = {kind: tiny_spec(kinds=kind) for kind in ("teacher", "hybrid", "linear")}
+SPECS["scaled teacher"] = tiny_spec(kinds="teacher", rope=SCALED)
+
+
 @pytest.mark.parametrize("packed", [True, False])
-@pytest.mark.parametrize("kind", ["teacher", "hybrid", "linear"])
+@pytest.mark.parametrize("kind", SPECS)
 def test_a_network_computes_what_the_model_computes(make_checkpoint, kind, packed):
-    checkpoint = Checkpoint.open(make_checkpoint(kind, dtype="fp32"))
+    checkpoint = Checkpoint.open(make_checkpoint(SPECS[kind], dtype="fp32"), rope_scaling="teacher")
     spec = checkpoint.spec
     model = load_model(checkpoint, dtype=torch.float64)
     network = network_from_tensors(spec, checkpoint.tensor, dtype=torch.float64)

@@ -8,9 +8,11 @@ import torch
 from toy_task import SPEC, toy_data
 
 from mmm_export.distillation.layout import Layout
+from mmm_export.distillation.order import SampleOrder
 from mmm_export.distillation.pipeline import Job, random_teacher, run_job
 from mmm_export.distillation.recipe import Recipe, RunOptions
 from mmm_export.distillation.stage import StageOptions
+from mmm_export.distillation.trainer import TrainingError
 from mmm_export.distillation.work_folder import SnapshotError
 from mmm_export.errors import CheckpointError, OutputError
 from mmm_export.model.checkpoint import Checkpoint
@@ -104,3 +106,60 @@ def test_supervised_training_writes_a_teacher_with_every_tensor_trained(teacher,
     assert after.spec == before.spec
     same = [n for n in before.names() if torch.equal(before.tensor(n), after.tensor(n))]
     assert same == []
+
+
+def test_a_loss_that_is_no_number_leaves_its_batch_and_the_samples_it_was_made_of(teacher, tmp_path):
+    data = toy_data()
+    bad = SampleOrder(len(data), RECIPE.seed).step(3, STAGE.batch_samples)
+    data.pixels[bad[0]] = torch.nan
+    with pytest.raises(TrainingError, match=r"bad-batch\.pt"):
+        run_job(job_in(tmp_path, teacher), lambda checkpoint: data)
+    stored = torch.load(tmp_path / "work" / "bad-batch.pt", weights_only=True)
+    assert stored["indices"] == bad
+    assert stored["batches"][0]["pixels"].isnan().any()
+    assert torch.equal(stored["batches"][0]["ids"], data.batch(bad).ids)
+    assert not (tmp_path / "student").exists()
+    assert len(curve(tmp_path)) == 3
+
+
+@pytest.mark.parametrize(
+    ("stage", "run", "option"),
+    [
+        (STAGE, RECIPE.run, "samples_per_pass"),
+        (replace(STAGE, samples_per_pass=1), RECIPE.run, "run.recompute"),
+        (replace(STAGE, samples_per_pass=1), replace(RECIPE.run, recompute=True), "run.logit_tokens"),
+        (replace(STAGE, samples_per_pass=1), replace(RECIPE.run, recompute=True, logit_tokens=128), "data.max_tokens"),
+    ],
+)
+@pytest.mark.parametrize("error", [torch.cuda.OutOfMemoryError("CUDA out of memory"), MemoryError()])
+def test_when_memory_runs_out_the_option_to_lower_is_named(teacher, tmp_path, stage, run, option, error):
+    class Full:
+        def __len__(self):
+            return 8
+
+        def batches(self, plan):
+            raise error
+
+    recipe = replace(RECIPE, stages={"stage-1": stage}, run=run)
+    with pytest.raises(TrainingError, match=option):
+        run_job(job_in(tmp_path, teacher, recipe), lambda checkpoint: Full())
+
+
+def test_another_error_of_torch_is_not_taken_for_full_memory(teacher, tmp_path):
+    class Broken:
+        def __len__(self):
+            return 8
+
+        def batches(self, plan):
+            raise RuntimeError("shapes do not fit")
+
+    with pytest.raises(RuntimeError, match="shapes do not fit"):
+        run_job(job_in(tmp_path, teacher), lambda checkpoint: Broken())
+
+
+@pytest.mark.parametrize("content", [b"", b"\x80\x02X", b"PK\x03\x04 no archive"])
+def test_a_damaged_snapshot_is_refused_by_name(teacher, tmp_path, content):
+    run_job(job_in(tmp_path, teacher, stages=("stage-1",)), lambda checkpoint: toy_data())
+    (tmp_path / "work" / "snapshot.pt").write_bytes(content)
+    with pytest.raises(SnapshotError, match=r"snapshot\.pt"):
+        run_job(job_in(tmp_path, teacher, resume=True, force=True), lambda checkpoint: toy_data())

@@ -12,7 +12,7 @@ from mmm_export.model.testing import tiny_spec
 SPEC = tiny_spec(kinds="teacher", vocab_size=512)
 
 
-def toy_data(samples: int = 64, *, tokens: int = 20, seed: int = 0, tiles: int = 1) -> MemoryData:
+def toy_data(samples: int = 64, *, tokens: int = 20, seed: int = 0, tiles: int = 1, device: str = "cpu") -> MemoryData:
     g = torch.Generator().manual_seed(seed)
     ids = torch.randint(3, 40, (samples, tokens), generator=g)
     ids[:, -1] = ids[:, 6]  # the answer: a token seen before
@@ -22,7 +22,7 @@ def toy_data(samples: int = 64, *, tokens: int = 20, seed: int = 0, tiles: int =
         ids[:, 1 : 1 + image] = SPEC.image_token_id
     answers = torch.zeros(samples, tokens, dtype=torch.bool)
     answers[:, -1] = True
-    return MemoryData(ids, answers, torch.full((samples,), tokens), pixels)
+    return MemoryData(ids, answers, torch.full((samples,), tokens), pixels, device=device)
 
 
 def toy_teacher(

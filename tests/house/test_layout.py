@@ -72,6 +72,11 @@ VIOLATIONS = {
         "import mmm_export.exporter.trace\n",
         "Stages meet only through files",
     ),
+    "distillation imports exporter": (
+        "distillation/stage.py",
+        "import mmm_export.exporter.trace\n",
+        "Stages meet only through files",
+    ),
     "shared code imports a stage": (
         "src/mmm_export/names.py",
         "import mmm_export.model.scan\n",
@@ -136,6 +141,7 @@ def test_wheel_holds_real_files_under_one_name(tmp_path: Path) -> None:
     assert sources <= set(names)
     assert "mmm_export/cli.py" in names
     assert "mmm_export/py.typed" in names
+    assert "mmm_export/distillation/recipes/mmmamba-linear.yaml" in names
     assert any(name.endswith("LICENSE") for name in names)
     with zipfile.ZipFile(wheel) as archive:
         entry = next(name for name in names if name.endswith("entry_points.txt"))
