@@ -95,7 +95,7 @@ class Bench:
             if self.options.command in ("teacher", "students", "more") and looks > self.looks.get(f"{run} {name}", 0):
                 self.looks[f"{run} {name}"] = looks
                 found = experiment.accuracy(network, self.test, self.arrays["test"].kinds)["all"]
-                self.row(run=run, seed=seed, stage=name, step=row["step"], test_accuracy=found)
+                self.row(run=run, seed=seed, stage=name, step=row["step"], accuracy=found)
                 if name == "supervised":
                     save(self.work / "teacher.npz", experiment.stored_tensors(network, range(LAYERS)))
             if "steps_per_s" in row and int(row["step"]) % 1000 == 0:
@@ -118,13 +118,13 @@ class Bench:
     def result(self, network: Network, **labels: Any) -> None:
         """Measure a network on the test set and keep the figures."""
         found = experiment.accuracy(network, self.test, self.arrays["test"].kinds)
-        row = {**labels, "accuracy": found["all"], "by_kind": {k: round(v, 4) for k, v in found.items() if k != "all"}}
-        with (self.work / f"results-{self.options.part}.jsonl").open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(row) + "\n")
-        self.row(**row)
+        by_kind = {kind: round(share, 4) for kind, share in found.items() if kind != "all"}
+        self.row(**labels, accuracy=found["all"], by_kind=by_kind)
 
     def row(self, **labels: Any) -> None:
-        """Say something, with the time."""
+        """Keep a row of the results, and say it with the time."""
+        with (self.work / f"results-{self.options.part}.jsonl").open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(labels) + "\n")
         _say(f"{time.perf_counter() - self.begin:.0f} s", json.dumps(labels))
 
 
