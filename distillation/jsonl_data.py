@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -83,6 +84,7 @@ class JsonlData:
             num_workers=workers,
             prefetch_factor=2 if workers else None,
             pin_memory=self._pin,
+            worker_init_fn=_leave_interrupts_to_the_parent,
         )
         for loaded in loader:
             self._remember(loaded.skipped)
@@ -126,6 +128,11 @@ class JsonlData:
             wanted='lines such as {"image": "a.png", "conversations": [{"from": "human", "value": "<image>\\nWhat is it?"}, '
             '{"from": "gpt", "value": "A cat."}]}',
         )
+
+
+def _leave_interrupts_to_the_parent(worker: int) -> None:
+    # Ctrl-C reaches every process of a terminal; the run still needs the batches of its current step.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -148,8 +149,9 @@ class WorkFolder:
 
 def work_identity(recipe: Recipe, teacher: str, data: str) -> str:
     """Name what a run computes by a hash: of the recipe (but how it is run), the teacher and the data."""
+    stages = [(name, replace(stage, samples_per_pass=1)) for name, stage in recipe.stages.items()]
     parts = [recipe.seed, recipe.seeding, recipe.layout, recipe.data.max_tokens, recipe.data.max_tiles]
-    parts += [recipe.data.packing, recipe.data.system, recipe.run.dtype, sorted(recipe.stages.items()), teacher, data]
+    parts += [recipe.data.packing, recipe.data.system, recipe.run.dtype, stages, teacher, data]
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 

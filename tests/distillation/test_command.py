@@ -148,3 +148,22 @@ def test_the_student_is_exported_at_once_and_the_bundle_computes_what_it_compute
     student, bundle = str(tmp_path / "student"), str(tmp_path / "bundle")
     assert run(cli, ["onnx", student, "-o", bundle, "--max-tokens", "256", "--body", best_body()]) == 0
     assert run(cli, ["verify", bundle, "--checkpoint", student, "--new-tokens", "2"]) == 0
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_a_run_after_a_whole_step_and_says_how_to_go_on(command, place, tmp_path):
+    endless = RECIPE.replace("steps: 6", "steps: 100000").replace("workers: 0", "workers: 1")
+    (place / "endless.yaml").write_text(endless, encoding="utf-8")
+    log = tmp_path / "student.work" / "log.jsonl"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    program = [sys.executable, "-m", "mmm_export", *command(recipe="endless.yaml")]
+    process = subprocess.Popen(program, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    deadline = time.monotonic() + 120
+    while not (log.is_file() and len(log.read_text().splitlines()) >= 4) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: the worker is interrupted too
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == 130, said
+    assert "--resume" in said
+    assert (tmp_path / "student.work" / "snapshot.pt").is_file()
+    assert not (tmp_path / "student").exists()

@@ -93,6 +93,12 @@ def test_work_of_another_recipe_is_refused(teacher, tmp_path):
         run_job(job_in(tmp_path, teacher, force=True), lambda checkpoint: toy_data())
 
 
+def test_a_run_goes_on_with_smaller_passes(teacher, tmp_path):
+    run_job(job_in(tmp_path, teacher, stages=("stage-1",)), lambda checkpoint: toy_data())
+    smaller = replace(RECIPE, stages={name: replace(STAGE, samples_per_pass=2) for name in RECIPE.stages})
+    assert run_job(job_in(tmp_path, teacher, smaller, resume=True, force=True), lambda checkpoint: toy_data())
+
+
 def test_a_student_is_no_teacher(teacher, tmp_path):
     run_job(job_in(tmp_path, teacher, stages=("stage-1",)), lambda checkpoint: toy_data())
     with pytest.raises(CheckpointError, match="no teacher"):
