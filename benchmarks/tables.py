@@ -94,6 +94,13 @@ def digits_table(results: Results) -> str:
     return _table((*header, *kinds), rows)
 
 
+def stages_table(results: Results) -> str:
+    """The shipped models at the end of each stage."""
+    ends = {(row["run"], row["stage"]): row for row in results["rows"] if row["name"] == "progress"}
+    rows = [(run, stage, f"{row['step']:,}", f"{row['accuracy']:.1%}") for (run, stage), row in ends.items()]
+    return _table(("model", "stage", "steps", "right"), rows)
+
+
 def ablations_table(results: Results) -> str:
     """Short runs, mean over their seeds."""
     groups: dict[str, list[float]] = {}
@@ -175,6 +182,7 @@ RENDERERS: dict[str, Callable[[Results], str]] = {
     "cpu-kernels": cpu_kernels_table,
     "cpu-runtime-memory": memory_table,
     "digits-distillation": digits_table,
+    "digits-distillation:stages": stages_table,
     "digits-distillation:ablations": ablations_table,
     "cpu-seeding": seeding_table,
     "h100-full-size-distillation": distillation_table,
