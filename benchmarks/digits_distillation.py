@@ -4,7 +4,6 @@ python benchmarks/digits_distillation.py prepare --work DIR     pictures' source
 python benchmarks/digits_distillation.py teacher --work DIR     trains the teacher
 python benchmarks/digits_distillation.py students --work DIR    distils the linear and the hybrid student from it
 python benchmarks/digits_distillation.py more --work DIR        a second round of stage 3 for the linear one
-python benchmarks/digits_distillation.py third --work DIR       a short third one, on a CPU
 python benchmarks/digits_distillation.py ablations --work DIR   stages, inits and attention counts, three seeds each
 python benchmarks/digits_distillation.py ship --work DIR        writes demo_models/ from them
 
@@ -28,7 +27,7 @@ import torch
 
 from mmm_export.distillation.digits import experiment
 from mmm_export.distillation.digits.architecture import digits_spec
-from mmm_export.distillation.digits.arrays import Arrays, Encoding, arrays_from_samples
+from mmm_export.distillation.digits.arrays import Arrays, Encoding
 from mmm_export.distillation.digits.assets import Assets, packaged_assets
 from mmm_export.distillation.digits.samples import TEST_SAMPLES
 from mmm_export.distillation.layout import Layout
@@ -253,20 +252,6 @@ def more(options: argparse.Namespace) -> None:
     seconds = bench.stage(network, "stage-3", experiment.SECOND_ROUND, "linear, second round", options.seed + 1)
     save(bench.work / "linear.npz", experiment.stored_tensors(network, ()))
     bench.result(network, run="linear, second round", seed=options.seed, train_s=round(seconds, 1))
-
-
-def third(options: argparse.Namespace) -> None:
-    """Give the linear student a short third round on pictures that it has not seen; a CPU does it in minutes."""
-    stored = json.loads((options.work / "encoding.json").read_text(encoding="utf-8"))
-    stage = experiment.THIRD_ROUND
-    fresh = experiment.finding_samples(experiment.TRAIN_SAMPLES, stage.steps * stage.batch_samples)
-    arrays = arrays_from_samples(fresh, Assets.load(options.work / "assets.npz"), Encoding(**stored))
-    data = experiment.memory_data(arrays, options.device, torch.float32)
-    teacher_tensors, linear = load(options.work / "teacher.npz"), load(options.work / "linear.npz")
-    network = experiment.trained_student(teacher_tensors, linear, options.device, torch.float32)
-    curve = experiment.curve_lines(options.work / "curves-third.jsonl", every=10, run="linear, third round", seed=0)
-    experiment.train(network, "stage-3", stage, data, seed=options.seed + 2, fast=False, curve=curve)
-    save(options.work / "linear.npz", experiment.stored_tensors(network, ()))
 
 
 def ship(options: argparse.Namespace) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import multiprocessing
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from mmm_export.distillation.digits.architecture import digits_spec
 from mmm_export.distillation.digits.arrays import Arrays, Encoding, arrays_from_samples
 from mmm_export.distillation.digits.assets import Assets, Split
 from mmm_export.distillation.digits.questions import KINDS
-from mmm_export.distillation.digits.samples import Sample, sample
+from mmm_export.distillation.digits.samples import sample
 from mmm_export.distillation.loading import (
     STUDENT_PARAMETERS,
     checkpoint_tensors,
@@ -64,11 +64,6 @@ STUDENT: dict[StageName, StageOptions] = {
 SECOND_ROUND = _stage(
     12_000, 1.5e-3, batch_samples=128, samples_per_pass=128, warmup_share=0.03, decay_share=0.5, positions="answers"
 )
-# And a short third one on pictures that it has not seen, three in four of them of the kinds that need it to find a patch.
-THIRD_ROUND = _stage(
-    280, 4e-4, batch_samples=32, samples_per_pass=32, warmup_share=0.1, decay_share=0.6, positions="answers"
-)
-FINDING = ("position", "edge", "colour", "yes or no")
 # The ablations compare short runs: what a stage is worth shows while there is something left to learn.
 ABLATION: dict[StageName, StageOptions] = {
     "stage-1": _stage(400, 1e-2, batch_samples=64, samples_per_pass=64),
@@ -103,16 +98,6 @@ def draw_arrays(
             pool.map(_draw_part, jobs, chunksize=1)
         (folder / "whole").touch()
     return Arrays(**{name: np.load(folder / f"{name}.npy", mmap_mode="c") for name in Arrays.__dataclass_fields__})
-
-
-def finding_samples(first: int, count: int) -> Iterator[Sample]:
-    """Draw training samples from number `first` on: all of the kinds FINDING, and a fourth of the others."""
-    number = first
-    while count:
-        if list(KINDS)[number % len(KINDS)] in FINDING or number // len(KINDS) % 4 == 0:
-            yield sample("train", number)
-            count -= 1
-        number += 1
 
 
 def memory_data(arrays: Arrays, device: str, dtype: torch.dtype, count: int | None = None) -> MemoryData:
