@@ -322,9 +322,7 @@ def _side_by_side(options: argparse.Namespace, runs: list[list[str]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = {
-        f.__name__: f for f in (prepare, draw, teacher, students, rate, rates, group, ablations, more, third, ship)
-    }
+    commands = {f.__name__: f for f in (prepare, draw, teacher, students, rate, rates, group, ablations, more, ship)}
     parser.add_argument("command", choices=list(commands))
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--output", type=Path, default=ROOT / "demo_models", help="of ship")
