@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from mmm_export.errors import KernelError
+from mmm_export.plugin_files import KERNEL_ABI
 
-ABI_VERSION = 1
+ABI_VERSION = KERNEL_ABI
 STATUS_TEXT_BYTES = 384
 FUNCTIONS = ("mmm_abi_version", "mmm_build_info", "mmm_selective_scan_workspace", "mmm_selective_scan")
 
