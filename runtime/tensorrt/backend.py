@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from mmm_export import names
 from mmm_export.engine_manifest import EngineManifest
-from mmm_export.errors import EngineError, MmmError
+from mmm_export.errors import EngineError, MmmError, PromptError
 from mmm_export.interrupts import signals_deferred
 from mmm_export.runtime.backend import Array
 from mmm_export.runtime.state_layout import STORAGE, StateTensor, state_layout
@@ -130,6 +130,7 @@ class TensorRTBackend:
             vision.scratch_bytes(shapes.tiles.index) if vision and shapes.tiles else 0,
         )
         self._most_tokens = profiles.prefill.most
+        self._capacity = manifest.max_tokens if manifest.model.attention_layers else None
         plan = plan_buffers(
             buffer_sizes(
                 shapes.bindings,
@@ -192,8 +193,16 @@ class TensorRTBackend:
                 wanted=f"at most {self._most_tokens}",
                 hint="read the prompt in smaller chunks, or build with a larger --prefill-tokens",
             )
+        run = self._shapes.profiles.choose(count)[1]
+        if self._capacity and self.tokens + run > self._capacity:
+            raise PromptError(
+                "the KV cache has no room for the padding that the engine wants",
+                found=f"{self.tokens} tokens in the context, {count} more, run as {run}",
+                wanted=f"at most {self._capacity} in all",
+                hint="build the engine with --prefill-tokens from 1 on",
+            )
         self._rows.write(self._embeds[:count], input_ids, features)
-        self._embeds[count : self._shapes.profiles.prefill.least] = 0  # padding
+        self._embeds[count:run] = 0  # padding
         self._lengths[0], self._past_lengths[0] = count, self._states.tokens
         with signals_deferred(), self._whole_or_lost():
             self._enqueue(count)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -240,10 +239,8 @@ def _logger(trt: Any, messages: list[str]) -> Any:
 
 
 def _said(messages: list[str], error: BaseException | None) -> str:
-    """What TensorRT told last, on one line."""
-    lines = [line for line in messages if line.strip()]
+    """What TensorRT told, on one line; its first words are nearest to the cause."""
+    lines = [" ".join(line.split()) for line in messages if line.strip()]
     if not lines and error is not None:
-        lines = [str(error) or type(error).__name__]
-    with suppress(IndexError):
-        return " ".join(lines[-1].split())[:400]
-    return "it gave no reason"
+        lines = [" ".join(str(error).split()) or type(error).__name__]
+    return "; ".join(dict.fromkeys(lines))[:400] or "it gave no reason"
