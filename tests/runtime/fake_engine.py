@@ -51,7 +51,7 @@ def write_engine(
     """Write an engine folder for a bundle."""
     manifest = read_manifest(bundle)
     folder.mkdir()
-    for name in names.TOKENIZER_FILES:
+    for name in (*names.TOKENIZER_FILES, names.GOLDEN_FILE):
         if (bundle / name).is_file():
             shutil.copy(bundle / name, folder / name)
     table = _table(bundle, manifest)
