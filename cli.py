@@ -14,6 +14,7 @@ from mmm_export.commands.inspect import inspect
 from mmm_export.commands.onnx import onnx
 from mmm_export.commands.plugins import plugins
 from mmm_export.commands.run import run_bundle
+from mmm_export.commands.trt import trt
 from mmm_export.commands.verify import verify
 
 EPILOG = f"""\b
@@ -26,6 +27,7 @@ Each command explains itself: {PROGRAM} COMMAND --help"""
 COMMANDS: tuple[click.Command, ...] = (
     onnx,
     verify,
+    trt,
     run_bundle,
     inspect,
     doctor,

@@ -10,6 +10,7 @@ from mmm_export.errors import MissingPackageError
 EXTRAS: dict[str, tuple[str, ...]] = {
     "export": ("torch", "onnx", "onnx_ir", "onnxscript", "matplotlib"),
     "demo": ("skimage",),
+    "trt": ("onnx", "onnx_ir", "elftools"),
     "plugins": ("elftools",),
 }
 
