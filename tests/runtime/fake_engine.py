@@ -152,27 +152,25 @@ def _plan(
         )
         for name, (low, high) in ranges.items()
     )
-    rows = [
-        {
-            "name": tensor.name,
-            "input": is_input,
-            "dtype": _TYPES[tensor.dtype],
-            "shape": [size if isinstance(size, int) else -1 for size in tensor.shape],
-            "ranges": [
-                [list(getattr(p.inputs[tensor.name], which)) for which in ("least", "typical", "most")]
-                for p in profiles
-            ]
-            if is_input
-            else [],
-        }
-        for is_input, tensors in ((True, info.inputs), (False, info.outputs))
-        for tensor in tensors
-    ]
+    rows = [_row(tensor, is_input=True, profiles=profiles) for tensor in info.inputs]
+    rows += [_row(tensor, is_input=False, profiles=()) for tensor in info.outputs]
     write_plan(folder / file, bundle / graph, rows, len(profiles))
     caches = [t.name for t in info.inputs if t.name.endswith((".key", ".value"))] if kv_in_place else []
     return PlanInfo(
         info.inputs, info.outputs, profiles, "0" * 64, 1.0, 0, {names.present(name): name for name in caches}
     )
+
+
+def _row(tensor: TensorInfo, *, is_input: bool, profiles: tuple[ProfileInfo, ...]) -> dict[str, Any]:
+    """What an engine tells of a tensor."""
+    ranges = (profile.inputs[tensor.name] for profile in profiles)
+    return {
+        "name": tensor.name,
+        "input": is_input,
+        "dtype": _TYPES[tensor.dtype],
+        "shape": [size if isinstance(size, int) else -1 for size in tensor.shape],
+        "ranges": [[list(each.least), list(each.typical), list(each.most)] for each in ranges],
+    }
 
 
 @dataclasses.dataclass
@@ -200,3 +198,17 @@ def install(
     module = tensorrt.module()
     monkeypatch.setitem(sys.modules, module.__name__, module)
     return FakeMachine(driver, tensorrt)
+
+
+def put_fake_plans(folder: Path, bundle: Path) -> None:
+    """Put fake plans into an engine folder that `mmm-export trt` wrote, and call its plugin one of this machine."""
+    from mmm_export.engine_manifest import read_engine_manifest
+
+    manifest = read_engine_manifest(folder)
+    for file, graph in ((names.DECODER_PLAN, names.DECODER_FILE), (names.VISION_PLAN, names.VISION_FILE)):
+        plan = manifest.plans[file]
+        rows = [_row(tensor, is_input=True, profiles=plan.profiles) for tensor in plan.inputs]
+        rows += [_row(tensor, is_input=False, profiles=()) for tensor in plan.outputs]
+        write_plan(folder / file, bundle / graph, rows, len(plan.profiles))
+    plugin = dataclasses.replace(manifest.plugin, machine=platform.machine())
+    rewrite(folder, platform=f"{platform.machine()}-linux", plugin=plugin)
