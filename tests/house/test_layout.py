@@ -21,7 +21,7 @@ LINKS = {
     "runtime": "../../runtime",
 }
 TOP_LEVEL = {
-    *("benchmarks", "docs", "exporter", "model", "plugins", "runtime", "src", "tests"),
+    *("benchmarks", "docs", "exporter", "model", "plugins", "runtime", "scripts", "src", "tests"),
     *("cli.py", "pyproject.toml", "constraints.txt", "Makefile", "LICENSE"),
     *("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md"),
     *(".ci", ".gitignore", ".pre-commit-config.yaml"),
