@@ -9,6 +9,7 @@ A plugin that computes on a CPU will do: nothing is run. TensorRT-RTX must be im
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 import subprocess
 import sys
@@ -34,6 +35,14 @@ def bundle_of(folder: Path, kind: str, dtype: str, *, tiny: bool) -> Path:
         program("onnx", checkpoint, "-o", bundle, "--dtype", dtype, "--max-tokens", 4096)
         shutil.rmtree(checkpoint)
     return bundle
+
+
+def earlier_rows(path: Path) -> list[dict[str, Any]]:
+    """Rows that are there already: those of models that this run does not build stay."""
+    if not path.is_file():
+        return []
+    rows: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    return rows
 
 
 def measure(folder: Path, bundle: Path, plugin: Path, capabilities: str, *, kind: str, tiny: bool) -> dict[str, Any]:
@@ -88,8 +97,9 @@ def main() -> int:
         if not options.keep:
             shutil.rmtree(bundle)
         if results:  # after each model: the next one takes minutes
+            kept = [old for old in earlier_rows(results) if all(row["model"] != old["model"] for row in rows)]
             what = "mmm-export trt with TensorRT-RTX on a CPU: time and peak memory of the builder, size of the plan"
-            write_results(results, what, rows)
+            write_results(results, what, [*kept, *rows])
     return 0
 
 
