@@ -22,7 +22,7 @@ CUDA_MODULES = ("cuda.bindings.driver", "cuda.cuda")  # the second is its name b
 TENSORRT_HINTS: dict[Flavor, str] = {
     "tensorrt": "on a Jetson: sudo apt install python3-libnvinfer, and a virtual environment with --system-site-packages; "
     "elsewhere: pip install tensorrt of the engine's version",
-    "tensorrt-rtx": "pip install tensorrt-rtx",
+    "tensorrt-rtx": "pip install tensorrt-rtx-cu13-libs tensorrt-rtx-cu13-bindings",
 }
 CUDA_HINT = (
     'pip install "mmm-export[device]"; on JetPack 6 and other CUDA 12 systems: pip install "cuda-bindings==12.9.*"'
