@@ -8,6 +8,7 @@ import click
 
 from mmm_export import __version__
 from mmm_export.command_line import PROGRAM, FlowGroup, run
+from mmm_export.commands.bench import bench
 from mmm_export.commands.demo import demo
 from mmm_export.commands.doctor import doctor
 from mmm_export.commands.inspect import inspect
@@ -29,6 +30,7 @@ COMMANDS: tuple[click.Command, ...] = (
     verify,
     trt,
     run_bundle,
+    bench,
     inspect,
     doctor,
     plugins,

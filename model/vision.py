@@ -24,8 +24,10 @@ class VisionEmbeddings(nn.Module):
     def forward(self, pixel_values: Tensor, dtype: torch.dtype) -> Tensor:
         """Shapes: pixel_values (tiles, 3, S, S) -> (tiles, grid*grid, hidden) in `dtype`."""
         conv = self.patch_embedding
-        bias = conv.bias if conv.bias is None else conv.bias.to(dtype)
-        patches = F.conv2d(pixel_values.to(dtype), conv.weight.to(dtype), bias, conv.stride)
+        # ONNX Runtime has no bfloat16 convolution; in float32 it costs little, being the only one of the model.
+        inside = torch.float32 if dtype == torch.bfloat16 else dtype
+        bias = conv.bias if conv.bias is None else conv.bias.to(inside)
+        patches = F.conv2d(pixel_values.to(inside), conv.weight.to(inside), bias, conv.stride).to(dtype)
         return patches.flatten(2).transpose(1, 2) + self.position_embedding.to(dtype)
 
 

@@ -14,6 +14,7 @@ from mmm_export.errors import OptionError
 from mmm_export.runtime.context import Context
 from mmm_export.runtime.generation_options import GenerationOptions
 from mmm_export.runtime.sampling import Sampler
+from mmm_export.runtime.state_cache import StateCache, boundaries_of, read_prompt
 from mmm_export.runtime.stop_strings import StopScanner
 
 FinishReason = Literal["stop_token", "stop_string", "length", "context_full", "cancelled"]
@@ -26,6 +27,7 @@ class GenerationStatistics:
     Attributes:
         prompt_tokens: read for this turn, image tokens included.
         image_tokens: those of them that stand for images.
+        cached_tokens: those of them that were not read, since the state cache had their state.
         context_tokens: in the context now.
         new_tokens: sampled, a stop token included.
         first_token_s: seconds from the call to the first sampled token: images, prompt, sampling; None before it.
@@ -39,6 +41,7 @@ class GenerationStatistics:
     new_tokens: int
     first_token_s: float | None
     decode_s: float
+    cached_tokens: int = 0
 
     @property
     def decode_tokens_per_s(self) -> float | None:
@@ -48,11 +51,16 @@ class GenerationStatistics:
 
 @dataclass(frozen=True)
 class Turn:
-    """What a generation reads first: (T,) ids, their tiles (tiles, 3, S, S), and the seconds it took to make them."""
+    """What a generation reads first: (T,) ids, their tiles (tiles, 3, S, S), and the seconds it took to make them.
+
+    With a `cache` an empty context is read through it; `turn_start` is the id of `<|im_start|>` if there is one.
+    """
 
     ids: NDArray[np.int64]
     pixels: NDArray[np.float32] | None
     preparation_s: float
+    cache: StateCache | None = None
+    turn_start: int | None = None
 
 
 class TokenStream(Protocol):
@@ -89,6 +97,7 @@ class Generation(Iterator[str]):
         self._sampled = 0
         self._first_token_s: float | None = None
         self._decode_s = 0.0
+        self._cached = 0
         self._run = self._answer()
         context.writer = self
 
@@ -118,6 +127,7 @@ class Generation(Iterator[str]):
             new_tokens=self._sampled,
             first_token_s=self._first_token_s,
             decode_s=self._decode_s,
+            cached_tokens=self._cached,
         )
 
     def cancel(self) -> None:
@@ -142,7 +152,7 @@ class Generation(Iterator[str]):
 
     def _answer(self) -> Iterator[str]:
         begin = time.perf_counter()
-        logits = self._context.feed(self._turn.ids, self._turn.pixels)
+        logits = self._read_turn()
         while True:
             token = self._sampler.choose(logits, self._context.seen)
             has_room = self._context.add_sampled(token)
@@ -169,6 +179,14 @@ class Generation(Iterator[str]):
         piece += self._scanner.push(self._stream.flush()) + self._scanner.flush()
         if piece:
             yield piece
+
+    def _read_turn(self) -> NDArray[np.float32]:
+        turn, context = self._turn, self._context
+        if turn.cache is None or context.tokens:
+            return context.feed(turn.ids, turn.pixels)
+        boundaries = boundaries_of(turn.ids, context.spec.image_token_id, turn.turn_start)
+        logits, self._cached = read_prompt(context, turn.cache, turn.ids, turn.pixels, boundaries)
+        return logits
 
     def _text_of(self, token: int) -> str:
         try:

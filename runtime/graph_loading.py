@@ -28,6 +28,8 @@ ONNX_TYPES = {
 
 FATAL = 4  # log severity: errors come as exceptions, so nothing need be printed besides
 
+ProviderChoice = str | tuple[str, dict[str, str]]
+
 
 def providers_from_names(wanted: Sequence[str] | None) -> list[str]:
     """Full names of the execution providers, in order of preference; the CPU's for None.
@@ -109,7 +111,7 @@ def open_graph(
     file: str,
     manifest: Manifest,
     *,
-    providers: list[str],
+    providers: Sequence[ProviderChoice],
     threads: int | None,
     library: Path | None = None,
 ) -> onnxruntime.InferenceSession:
@@ -119,7 +121,7 @@ def open_graph(
         folder: the bundle.
         file: name of the graph's file.
         manifest: the bundle's; `check_requirements` has passed it.
-        providers: full names, in order of preference.
+        providers: full names, in order of preference, alone or with options.
         threads: to compute with; None for one a core.
         library: that computes the scan in place of the function body, see `choose_library`.
 
@@ -144,14 +146,14 @@ def open_graph(
     path = folder / file
     try:
         with environment(manifest.environment):
-            session = onnxruntime.InferenceSession(path, options, providers=providers)
+            session = onnxruntime.InferenceSession(path, options, providers=list(providers))
     except BundleError:
         raise
     except Exception as error:
         raise BundleError(
             f"ONNX Runtime cannot open {path}",
             found=first_line(error),
-            wanted=f"a graph that onnxruntime {onnxruntime.__version__} runs with {', '.join(providers)}",
+            wanted=f"a graph that onnxruntime {onnxruntime.__version__} runs with {', '.join(map(_provider_name, providers))}",
             hint="export the bundle again, or upgrade onnxruntime",
         ) from error
     graph = manifest.graphs[file]
@@ -164,6 +166,10 @@ def open_graph(
         if found:
             raise _mismatch(path, f"{', '.join(found)} besides what the manifest lists", "nothing else")
     return session
+
+
+def _provider_name(choice: ProviderChoice) -> str:
+    return choice if isinstance(choice, str) else choice[0]
 
 
 def first_line(error: BaseException) -> str:

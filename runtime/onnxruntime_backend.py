@@ -112,7 +112,7 @@ class OnnxRuntimeBackend:
             names.INPUT_IDS: self._value(np.ascontiguousarray(input_ids[None])),
             names.IMAGE_FEATURES: self._value(np.ascontiguousarray(features)),
         }
-        with _explained(names.EMBEDDING_FILE):
+        with explained(names.EMBEDDING_FILE):
             (embeds,) = self._embedding.run_with_ort_values([names.INPUTS_EMBEDS], inputs)
         return embeds
 
@@ -130,7 +130,7 @@ def _run_bound(
     outputs: Mapping[str, onnxruntime.OrtValue],
 ) -> None:
     """Run a graph, which updates the memory of `outputs`. The caller's mappings keep all memory alive meanwhile."""
-    with _explained(file):
+    with explained(file):
         binding = session.io_binding()
         for name, value in inputs.items():
             binding.bind_ortvalue_input(name, value)
@@ -140,7 +140,8 @@ def _run_bound(
 
 
 @contextmanager
-def _explained(file: str) -> Iterator[None]:
+def explained(file: str) -> Iterator[None]:
+    """Tell a failure of ONNX Runtime as an MmmError that names the graph."""
     try:
         yield
     except Exception as error:

@@ -15,11 +15,12 @@ from numpy.typing import ArrayLike, NDArray
 from mmm_export import names
 from mmm_export.engine_manifest import EngineManifest, folder_kind
 from mmm_export.errors import BundleError, MmmError, OptionError
-from mmm_export.manifest import Manifest, check_files, read_manifest
+from mmm_export.manifest import Manifest
 from mmm_export.runtime.backend import Backend
 from mmm_export.runtime.context import Context
 from mmm_export.runtime.generation import Generation, Turn
 from mmm_export.runtime.generation_options import GenerationOptions
+from mmm_export.runtime.state_cache import DEFAULT_MAX_BYTES, StateCache
 from mmm_export.runtime.state_file import read_state, write_state
 from mmm_export.runtime.state_layout import state_layout
 from mmm_export.runtime.token_input import check_image_tokens, ids_from_input, pixels_from_input
@@ -61,6 +62,7 @@ class Session:
         self._kernels = kernels
         self._backend: Backend | None = backend
         self._tokenizer: Tokenizer | None = None
+        self._cache: StateCache | None = None
         capacity = manifest.max_tokens if manifest.model.attention_layers else None
         self._context = Context(manifest.model, backend, capacity=capacity, chunk_tokens=chunk_tokens)
 
@@ -107,16 +109,9 @@ class Session:
             )
             return cls(folder, engine, backend, chunk_tokens=chunk)
         # Imported here: a state file can be inspected where ONNX Runtime is not installed.
-        from mmm_export.operator_library import choose_library
-        from mmm_export.runtime.graph_loading import check_requirements, providers_from_names
-        from mmm_export.runtime.onnxruntime_backend import OnnxRuntimeBackend
+        from mmm_export.runtime.backends import open_bundle
 
-        manifest = read_manifest(folder)
-        chosen = providers_from_names(providers)
-        library = choose_library(kernels, manifest, chosen)
-        check_requirements(folder, manifest, chosen, library)
-        check_files(folder, manifest, content=check_content)  # last: it reads gigabytes
-        backend = OnnxRuntimeBackend(folder, manifest, providers=chosen, threads=threads, library=library)
+        manifest, backend, library = open_bundle(folder, providers, threads, kernels, check_content)
         return cls(folder, manifest, backend, chunk_tokens=chunk_tokens, kernels=library)
 
     @property
@@ -215,6 +210,19 @@ class Session:
         context = self._open_context
         context.restore(read_state(path, self._manifest))
 
+    def use_state_cache(
+        self,
+        folder: Path | str,
+        *,
+        max_bytes: int = DEFAULT_MAX_BYTES,
+        report: Callable[[str], None] | None = None,
+    ) -> None:
+        """Let `generate` keep the states of system text and images in a folder, and read a known beginning from there.
+
+        Args: see `mmm_export.runtime.state_cache.StateCache`. Raises OptionError as it does.
+        """
+        self._cache = StateCache(folder, self._manifest, max_bytes=max_bytes, report=report)
+
     def encode(
         self, prompt: str, images: Sequence[ImageSource] = (), *, max_tiles: int | None = None
     ) -> tuple[NDArray[np.int64], NDArray[np.float32] | None]:
@@ -283,8 +291,10 @@ class Session:
         ids, pixels = self._checked(ids, pixels)
         context.check_room(len(ids))
         from mmm_export.text import TextStream
+        from mmm_export.text.prompt import TURN_START
 
-        turn = Turn(ids, pixels, time.perf_counter() - begin)
+        start = self.tokenizer.find(TURN_START) if self._cache else None
+        turn = Turn(ids, pixels, time.perf_counter() - begin, self._cache, start)
         return Generation(context, turn, options, stop_ids, TextStream(self.tokenizer))
 
     def close(self) -> None:

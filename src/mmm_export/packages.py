@@ -11,6 +11,7 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "export": ("torch", "onnx", "onnx_ir", "onnxscript", "matplotlib"),
     "demo": ("skimage",),
     "trt": ("onnx", "onnx_ir", "elftools"),
+    "bench": ("matplotlib",),
     "plugins": ("elftools",),
 }
 

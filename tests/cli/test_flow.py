@@ -69,6 +69,25 @@ def test_existing_output_is_refused_before_any_work(
     assert (bundle / "manifest.json").stat().st_mtime_ns == before
 
 
+def test_a_second_question_about_an_image_is_answered_from_the_state_cache(
+    bundle: Path, photograph: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ask(bundle, "--image", str(photograph))
+    assert run(cli, command) == 0
+    wanted = capsys.readouterr().out
+    for said in ("prompt tokens (", "from the state cache"):
+        assert run(cli, [*command, "--state-cache", str(tmp_path / "cache")]) == 0
+        shown = capsys.readouterr()
+        assert shown.out == wanted
+        assert said in shown.err
+    for path in (tmp_path / "cache").iterdir():
+        path.write_bytes(b"damaged")
+    assert run(cli, [*command, "--state-cache", str(tmp_path / "cache")]) == 0
+    shown = capsys.readouterr()
+    assert shown.out == wanted
+    assert "warning: ignored " in shown.err
+
+
 def test_force_does_not_replace_a_checkpoint(
     checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

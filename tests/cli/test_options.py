@@ -7,6 +7,7 @@ from typing import Any, get_args, get_type_hints
 
 import click
 
+from mmm_export.bench.measurement import BenchOptions, lengths_from_text
 from mmm_export.cli import cli
 from mmm_export.exporter.bundle import ExportOptions
 from mmm_export.exporter.verify import VerifyOptions
@@ -45,6 +46,16 @@ def test_generation_options_agree() -> None:
     wanted = defaults(GenerationOptions)
     del wanted["stop_ids"]  # ids are for scripts; the command line has --stop TEXT
     assert {name: found[name] for name in wanted} == wanted
+    assert found["chunk_tokens"] == DEFAULT_CHUNK_TOKENS
+
+
+def test_bench_options_agree() -> None:
+    found = parsed("bench", "bundle")
+    wanted = defaults(BenchOptions)
+    assert lengths_from_text(found["lengths"]) == wanted["lengths"]
+    assert {name: found[name] for name in ("new_tokens", "repeats", "budget_s")} == {
+        name: wanted[name] for name in ("new_tokens", "repeats", "budget_s")
+    }
     assert found["chunk_tokens"] == DEFAULT_CHUNK_TOKENS
 
 

@@ -97,8 +97,6 @@ def test_commands_of_the_script_are_ones_that_the_program_has(tmp_path: Path) ->
     done = check(tmp_path, "-n", "bundle", MMM_EXPORT="mmm-export")
     for line in done.stdout.splitlines():
         name, *arguments = shlex.split(line.partition(": mmm-export ")[2])
-        if name == "bench":  # comes with another change; its options are tested there
-            continue
         command = cli.commands[name]
         with click.Context(command) as context:
             if not isinstance(command, click.Group):

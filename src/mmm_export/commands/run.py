@@ -52,9 +52,22 @@ from mmm_export.commands.options import PATH, kernels_option
 @kernels_option
 @click.option("--load-state", type=PATH, metavar="FILE", help="Continue a saved conversation.")
 @click.option("--save-state", type=PATH, metavar="FILE", help="Save the conversation at the end.")
+@click.option(
+    "--state-cache",
+    type=PATH,
+    metavar="DIR",
+    help="Keep the states of system text and images there: another question about the same image skips reading it.",
+)
+@click.option(
+    "--state-cache-mib",
+    type=click.IntRange(min=1),
+    default=2048,
+    metavar="MIB",
+    help="Bytes of the state cache; what was not used for longest goes first.",
+)
 @click.option("--no-check", is_flag=True, help="Skip comparing the files with their hashes: starts faster.")
 def run_bundle(bundle: Path, prompt: str | None, interactive: bool, **rest: Any) -> int:
-    """Answer a prompt about text and images with a BUNDLE, or converse.
+    """Answer a prompt about text and images with a BUNDLE or an engine, or converse.
 
     The answer streams to stdout; speed, token counts and the reason why it ended go to stderr.
 
@@ -80,6 +93,12 @@ def run_bundle(bundle: Path, prompt: str | None, interactive: bool, **rest: Any)
         check_content=not rest["no_check"],
         kernels=rest["kernels"],
     ) as session:
+        if rest["state_cache"]:
+            session.use_state_cache(
+                rest["state_cache"],
+                max_bytes=rest["state_cache_mib"] << 20,
+                report=lambda text: click.echo(f"warning: {text}", err=True),
+            )
         if rest["load_state"]:
             session.load_state(rest["load_state"])
         talk = chat.Conversation(session, options, images=rest["images"], max_tiles=rest["max_tiles"])

@@ -120,6 +120,8 @@ def answer_statistics(statistics: GenerationStatistics, finish_reason: str | Non
     """Say in one line how fast an answer was and why it ended."""
     images = f" ({statistics.image_tokens} of images)" if statistics.image_tokens else ""
     parts = [f"{statistics.prompt_tokens} prompt tokens{images}"]
+    if statistics.cached_tokens:
+        parts.append(f"{statistics.cached_tokens} from the state cache")
     if statistics.first_token_s is not None:
         parts.append(f"first token after {statistics.first_token_s:.2f} s")
     parts.append(f"{statistics.new_tokens} new tokens")

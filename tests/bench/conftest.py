@@ -1,0 +1,8 @@
+"""Benchmarks are tested on the runtime's toy model."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "runtime"))

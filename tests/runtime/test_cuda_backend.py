@@ -1,0 +1,102 @@
+"""The backend that keeps states on a device, run in the CPU provider: the same code, memory and bindings, but for CUDA graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from toy import text_ids, tiles
+
+from mmm_export.errors import MmmError
+from mmm_export.manifest import read_manifest
+from mmm_export.operator_library import CPU_PROVIDER
+from mmm_export.runtime import GenerationOptions, Session
+from mmm_export.runtime.onnxruntime_cuda_backend import OnnxRuntimeCudaBackend
+
+CAPACITY = 192
+
+
+@pytest.fixture(scope="module", params=["linear", "hybrid", "linear-all-logits"])
+def bundle(
+    request: pytest.FixtureRequest, make_checkpoint: Callable[..., Path], make_bundle: Callable[..., Path]
+) -> Path:
+    kinds, _, logits = str(request.param).partition("-")
+    more = {"logits": "all"} if logits else {}
+    return make_bundle(make_checkpoint(kinds), max_tokens=CAPACITY, **more)
+
+
+def device_session(bundle: Path) -> Session:
+    manifest = read_manifest(bundle)
+    backend = OnnxRuntimeCudaBackend(bundle, manifest, threads=1, provider=CPU_PROVIDER, device="cpu")
+    return Session(bundle, manifest, backend, chunk_tokens=16)
+
+
+@pytest.fixture
+def both(bundle: Path) -> Iterator[tuple[Session, Session]]:
+    with (
+        device_session(bundle) as device,
+        Session.open(bundle, threads=1, chunk_tokens=16, kernels="none") as host,
+    ):
+        yield device, host
+
+
+def prompt(session: Session) -> tuple[Any, Any]:
+    spec = session.manifest.model
+    ids = text_ids(spec, 50)
+    ids[10 : 10 + 2 * spec.vision.tokens_per_tile] = spec.image_token_id
+    return ids, tiles(spec, 2)
+
+
+def test_prompts_and_steps_give_the_very_logits_of_the_host_backend(both: tuple[Session, Session]) -> None:
+    device, host = both
+    np.testing.assert_array_equal(*(session.prefill(*prompt(session)) for session in both))
+    for token in (5, 9, 11, 5, 7):
+        np.testing.assert_array_equal(device.step(token), host.step(token))
+    device.reset()
+    host.reset()
+    np.testing.assert_array_equal(device.step(3), host.step(3))
+
+
+def test_states_move_between_the_backends(both: tuple[Session, Session], tmp_path: Path) -> None:
+    device, host = both
+    device.prefill(*prompt(device))
+    device.save_state(tmp_path / "device.state")
+    host.load_state(tmp_path / "device.state")
+    np.testing.assert_array_equal(device.step(5), host.step(5))
+    host.save_state(tmp_path / "host.state")
+    device.reset()
+    device.load_state(tmp_path / "host.state")
+    np.testing.assert_array_equal(device.step(6), host.step(6))
+
+
+def test_a_chunk_that_fails_leaves_the_state_as_it_was(both: tuple[Session, Session], monkeypatch: Any) -> None:
+    device, host = both
+    ids, pixels = prompt(device)
+    for session in both:
+        session.prefill(ids, pixels)
+    backend: Any = device._backend
+    read, calls = backend._read, []
+
+    def fail_late(*arguments: Any) -> Any:
+        calls.append(read(*arguments))  # the states of the other slot are written by then
+        if len(calls) == 2:
+            raise MmmError("no memory")
+        return calls[-1]
+
+    monkeypatch.setattr(backend, "_read", fail_late)
+    with pytest.raises(MmmError, match="no memory"):
+        device.prefill(text_ids(device.manifest.model, 30, seed=3))
+    assert device.tokens == host.tokens
+    np.testing.assert_array_equal(device.step(5), host.step(5))
+
+
+def test_answers_are_those_of_the_host_backend(both: tuple[Session, Session]) -> None:
+    options = GenerationOptions(max_new_tokens=12, temperature=0.7, seed=5, stop_ids=())
+    texts = []
+    for session in both:
+        answer = session.generate("What is it?", options=options)
+        texts.append(("".join(answer), answer.token_ids))
+    assert texts[0] == texts[1]
