@@ -23,7 +23,7 @@ from safetensors.numpy import save_file
 
 from mmm_export import names
 from mmm_export.engine_manifest import EngineManifest
-from mmm_export.errors import BundleError
+from mmm_export.errors import BundleError, PromptError
 from mmm_export.exporter.recorded import Example, Recording
 from mmm_export.manifest import Manifest
 from mmm_export.spec import ModelSpec
@@ -83,6 +83,7 @@ def read_golden(path: Path, manifest: Manifest | EngineManifest) -> Golden:
 
     Raises:
         BundleError: no golden file, damaged, of another version, or of another checkpoint.
+        PromptError: the KV cache of this folder is too small for its prompts.
     """
     try:
         with safe_open(path, "np") as file:
@@ -153,7 +154,12 @@ def _example(k: int, title: str, tensors: Mapping[str, Array], manifest: Manifes
     if not T or images % spec.vision.tokens_per_tile or (forced == spec.image_token_id).any():
         raise ValueError(f"{k}.input_ids is no prompt of this model")
     if manifest.max_tokens and T + len(forced) > manifest.max_tokens:
-        raise ValueError(f"{k}: {T} and {len(forced)} tokens do not fit the KV cache of {manifest.max_tokens}")
+        raise PromptError(
+            "the golden prompts do not fit the KV cache",
+            found=f"{T} tokens and {len(forced)} new ones in {title!r}",
+            wanted=f"at most {manifest.max_tokens}",
+            hint="export or build with a larger --max-tokens, or verify with --checkpoint and a shorter --prompt",
+        )
     size = spec.vision.tile_size
     shapes: dict[str, tuple[int, ...]] = {
         "pixel_values": (images // spec.vision.tokens_per_tile, spec.vision.channels, size, size),

@@ -204,7 +204,11 @@ class Execution:
 
     def check_complete(self) -> None:
         """Raises MmmError unless every shape is known."""
-        missing = list(self._context.infer_shapes())
+        self._messages.clear()
+        try:
+            missing = list(self._context.infer_shapes())
+        except Exception as error:
+            raise self._failure(f"its shapes cannot be worked out ({error})") from error
         if missing:
             raise self._failure(f"shapes of {', '.join(missing)} are not known")
 
