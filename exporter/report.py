@@ -58,6 +58,7 @@ def html_report(report: VerifyReport) -> str:
             ("Error of each layer's output", _plot(report, "output")),
             ("Error of each layer's state", _plot(report, "state")),
         )
+        if svg
     )
     manifest = report.manifest
     is_bundle = isinstance(manifest, Manifest)
@@ -118,7 +119,7 @@ def _token_line(report: VerifyReport) -> str:
 
 
 def _plot(report: VerifyReport, kind: str) -> str:
-    """SVG of relative L2 error against layer, a line for each hop."""
+    """SVG of relative L2 error against layer, a line for each hop; "" when nothing of the kind was compared."""
     try:
         import matplotlib
     except ImportError as error:
@@ -137,6 +138,9 @@ def _plot(report: VerifyReport, kind: str) -> str:
                 points[row.layer] = max(points.get(row.layer, 0.0), row.l2)
         if points:
             axes.plot(list(points), [max(v, 1e-17) for v in points.values()], marker="o", markersize=3, label=hop)
+    if not axes.lines:
+        pyplot.close(figure)
+        return ""
     axes.set(yscale="log", xlabel="layer", ylabel="relative L2 error")
     axes.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
     axes.grid(visible=True, alpha=0.3)

@@ -20,7 +20,9 @@ CAPACITY = 256
 def bundle(
     request: pytest.FixtureRequest, make_checkpoint: Callable[..., Path], make_bundle: Callable[..., Path]
 ) -> Path:
-    return make_bundle(make_checkpoint(request.param), max_tokens=CAPACITY)
+    return make_bundle(
+        make_checkpoint(request.param), max_tokens=CAPACITY, dtype="fp32", golden=True
+    )  # as test_golden's
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import html
 import json
 import shutil
 import subprocess
@@ -29,7 +30,11 @@ from mmm_export.runtime.parity_runner import floats
 CAPACITY = 256
 
 
-@pytest.fixture(scope="module", params=[("linear", "fp32"), ("hybrid", "fp32"), ("linear", "fp16")], ids="-".join)
+@pytest.fixture(
+    scope="module",
+    params=[("linear", "fp32"), ("hybrid", "fp32"), pytest.param(("linear", "fp16"), marks=pytest.mark.slow)],
+    ids="-".join,
+)
 def bundle(
     request: pytest.FixtureRequest, make_checkpoint: Callable[..., Path], make_bundle: Callable[..., Path]
 ) -> Path:
@@ -91,7 +96,10 @@ def test_engine_is_held_to_a_checkpoint_at_hand(
         run(tmp_path / "engine", "--checkpoint", make_checkpoint("linear"), "--new-tokens", 3, "--report", report) == 0
     )
     assert "greedy tokens: all 3 equal" in capsys.readouterr().out
-    assert "plugin, tensorrt" in report.read_text()
+    page = report.read_text()
+    assert "plugin, tensorrt" in page
+    assert "Error of each layer's state" in html.unescape(page)
+    assert "Error of each layer's output" not in html.unescape(page)  # an engine shows no inner values
 
 
 @pytest.mark.parametrize("what", ["logits", "steps", "states"])

@@ -26,7 +26,12 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "runtime"))
 
 @pytest.mark.parametrize(
     ("kind", "version"),
-    [("linear", "10.3.0.30"), ("hybrid", "10.3.0.30"), ("hybrid", "11.4.0.106"), ("teacher", "11.4.0.106")],
+    [
+        ("linear", "10.3.0.30"),
+        ("hybrid", "11.4.0.106"),
+        pytest.param("hybrid", "10.3.0.30", marks=pytest.mark.slow),
+        pytest.param("teacher", "11.4.0.106", marks=pytest.mark.slow),
+    ],
 )
 def test_session_takes_the_folder_of_the_build(
     kind: str,
