@@ -6,10 +6,12 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 INPUTS := pyproject.toml constraints.txt Makefile
 ARGS ?=
+# Compiler for aarch64: what newer ones make needs a newer glibc than JetPack 6 has.
+CROSS_GXX ?= g++-12-aarch64-linux-gnu
 
 export PIP_ROOT_USER_ACTION := ignore
 
-.PHONY: help check test test-full demo format clean
+.PHONY: help check test test-full runtimes nvcc cross-tools gpu-test demo format clean
 
 help: ## Show the commands
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -19,11 +21,25 @@ check: $(VENV)/.test-installed ## Lint, types and layering, without tests
 	@$(BIN)/mypy
 	@said=$$(PYTHONPATH=src $(BIN)/lint-imports --no-cache 2>&1) || { echo "$$said"; exit 1; }
 
-test: check ## Lint, types, layering and the quick tests: what CI runs
+test: check runtimes ## Lint, types, layering and the quick tests: what CI runs
 	@$(BIN)/python -m pytest -n 2 -m "not gpu and not slow" $(ARGS)
 
-test-full: check ## The same and the tests that take minutes
+test-full: check runtimes nvcc ## The same and the tests that take minutes
 	@$(BIN)/python -m pytest -n 2 -m "not gpu" $(ARGS)
+
+gpu-test: ## On a machine with a GPU: build for it, GPU tests, sanitizers, benchmark (ARGS="build test" for some)
+	@PYTHON=$(PYTHON) benchmarks/gpu_machine.sh $(ARGS)
+
+cross-tools: ## Install what tests of the aarch64 build need (Debian and Ubuntu, as root)
+	@command -v qemu-aarch64-static >/dev/null && ls /usr/bin/aarch64-linux-gnu-g++* >/dev/null 2>&1 || { \
+		install="apt-get install --quiet --yes --no-install-recommends $(CROSS_GXX) qemu-user-static"; \
+		$$install >/dev/null || { apt-get update --quiet >/dev/null && $$install >/dev/null; }; }
+
+runtimes: $(VENV)/.test-installed # TensorRT's runtimes for tests, into build/tensorrt
+	@$(BIN)/python tests/tensorrt_tools/runtimes.py
+
+nvcc: $(VENV)/.test-installed # the CUDA compiler, from wheels where the machine has none
+	@command -v nvcc >/dev/null || test -x /usr/local/cuda/bin/nvcc || $(PIP) install --quiet --constraint constraints.txt '.[nvcc]'
 
 demo: $(VENV)/.demo-installed ## Write, export, verify and ask a tiny random model about a photograph
 	@$(BIN)/mmm-export demo $(ARGS)

@@ -6,8 +6,10 @@
 #   PEERS=DIR benchmarks/gpu_machine.sh bench    with the peers' benchmark kit in DIR
 #
 # Needs nvcc, cmake, ninja, and a python3 with torch, numpy and pytest; nothing is installed or downloaded.
-# Variables: PYTHON (python3), BUILD_DIR (build/gpu), OUT (BUILD_DIR/logs), ARCH (the GPU's, "90"), TENSORRT_INCLUDE_DIR (adds
-# the TensorRT plugin and the mini host), TEST_ARGS, BENCH_ARGS, SANITIZED (cases of tests/gpu/sanitizer_run.py), JOBS (4).
+# Variables: PYTHON (python3), BUILD_DIR (build/gpu), OUT (BUILD_DIR/logs), ARCH (the GPU's, "90"), TEST_ARGS, BENCH_ARGS,
+# SANITIZED (cases of tests/gpu/sanitizer_run.py), JOBS (4); TENSORRT_INCLUDE_DIR adds the TensorRT plugin and the mini host,
+# which then go through tests and sanitizers too; ONNXRUNTIME_INCLUDE_DIR adds the library for ONNX Runtime, whose test needs
+# onnxruntime-gpu in python3 or in the folder ONNXRUNTIME_GPU.
 # A part that fails does not stop the others; the exit code is 1 when one did.
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -32,6 +34,7 @@ build() {
   local arch=${ARCH:-$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -n 1 | tr -d .)}
   local options=(-DMMM_CUDA=ON "-DMMM_CUDA_ARCHITECTURES=${arch:?no GPU found; set ARCH}" -DCMAKE_BUILD_TYPE=Release)
   [ -z "${TENSORRT_INCLUDE_DIR:-}" ] || options+=("-DMMM_TENSORRT_INCLUDE_DIR=$TENSORRT_INCLUDE_DIR")
+  [ -z "${ONNXRUNTIME_INCLUDE_DIR:-}" ] || options+=("-DMMM_ONNXRUNTIME_INCLUDE_DIR=$ONNXRUNTIME_INCLUDE_DIR")
   { cmake -S plugins -B "$BUILD_DIR" -G Ninja "${options[@]}" && cmake --build "$BUILD_DIR" --parallel; } \
     >"$OUT/build.log" 2>&1
   local code=$?
@@ -45,8 +48,10 @@ run_tests() {
   local logs code=0 name file
   logs=$(mktemp -d)
   [ ! -x "$BUILD_DIR/mmm_mini_host" ] || export MMM_TENSORRT_PLUGIN_DIR="${MMM_TENSORRT_PLUGIN_DIR:-$BUILD_DIR}"
+  [ ! -e "$BUILD_DIR/libmmm_onnxruntime.so" ] || export MMM_ONNXRUNTIME_LIBRARY="$BUILD_DIR/libmmm_onnxruntime.so"
   printf '%s\n' tests/gpu/test_*.py | xargs -P "$JOBS" -I {} bash -c '
     name=$(basename "{}" .py)
+    [ "$name" != test_onnxruntime_cuda ] || PYTHONPATH="$PYTHONPATH:${ONNXRUNTIME_GPU:-}"
     MMM_ERROR_TABLE="$1/$name.table" timeout -k 5 "${TEST_LIMIT:-120}" "$2" -m pytest -p no:cacheprovider -rfEs --tb=short \
       ${TEST_ARGS:-} "{}" >"$1/$name.log" 2>&1
     echo $? >"$1/$name.code"' _ "$logs" "$PYTHON"
@@ -64,7 +69,7 @@ run_tests() {
 }
 
 sanitize() { # tool
-  local tool code
+  local tool code=0 cases
   tool=$(command -v compute-sanitizer || ls -d /usr/local/cuda*/bin/compute-sanitizer 2>/dev/null | head -n 1)
   [ -n "$tool" ] || { echo "compute-sanitizer was not found"; return 1; }
   # shellcheck disable=SC2086
@@ -73,6 +78,19 @@ sanitize() { # tool
   code=$?
   [ $code != 124 ] || echo "stopped at its time limit"
   tail -n 12 "$OUT/$1.log" | cut -c 1-220
+  [ -x "$BUILD_DIR/mmm_mini_host" ] || return $code
+  cases=$(mktemp -d)
+  "$PYTHON" tests/gpu/mini_host.py "$cases" || return 1
+  for case in "$cases"/*/; do # the plugin file itself: a small program, so that each takes seconds
+    # shellcheck disable=SC2046
+    timeout -k 5 60 "$tool" --tool "$1" --error-exitcode 9 --print-limit 20 "$BUILD_DIR/mmm_mini_host" \
+      "$BUILD_DIR/libmmm_tensorrt.so" --device cuda $(cat "$case/options") --inputs "$case/in" --outputs "$case/out" \
+      >"$case/log" 2>&1 || { code=$?; echo "$(basename "$case"): exit code $code"; }
+    printf '%s: ' "plugin, $(basename "$case")" >>"$OUT/$1.log"
+    grep -v '^{' "$case/log" >>"$OUT/$1.log"
+    printf '%s: %s\n' "plugin, $(basename "$case")" "$(grep SUMMARY "$case/log" | cut -d' ' -f2-)"
+  done
+  rm -rf "$cases"
   return $code
 }
 

@@ -1,16 +1,13 @@
 """Draws docs/<gpu>-kernels.svg from benchmarks/results/<gpu>-kernels.json: latency against tokens, and fraction of the roofline.
 
-python benchmarks/kernel_plots.py            draws the figure of every such result file
-python benchmarks/kernel_plots.py --check    exit code 1 when a figure was drawn from other results than those at hand
+`python benchmarks/tables.py` draws them together with the tables. A figure carries the hash of its results.
 """
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import io
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -96,18 +93,15 @@ def _of(rows: list[Row], name: str, **values: Any) -> list[Row]:
     return [row for row in rows if row.get("floor_us") and all(row.get(k) == v for k, v in wanted.items())]
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="write nothing")
-    options = parser.parse_args()
-    stale = [results for results in of_gpus() if not is_current(results)]
-    for results in stale:
-        if options.check:
-            sys.stderr.write(f"{figure_of(results).relative_to(ROOT)} is not drawn from {results.name}\n")
-        else:
-            figure_of(results).write_text(draw(results), encoding="utf-8")
-    return 1 if stale and options.check else 0
+def stale() -> list[Path]:
+    """List the result files whose figure was drawn from others, or not at all."""
+    return [results for results in of_gpus() if not is_current(results)]
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def draw_stale() -> None:
+    """Draw the figures of these, and remove those of results that are no longer there."""
+    for results in stale():
+        figure_of(results).write_text(draw(results), encoding="utf-8")
+    wanted = {figure_of(results) for results in of_gpus()}
+    for left_over in set(FIGURES.glob("*-kernels.svg")) - wanted:
+        left_over.unlink()

@@ -1,7 +1,7 @@
 """Puts the figures of benchmarks/results into the documents, between their markers, so that no number is typed by hand.
 
-python benchmarks/tables.py            rewrites the documents
-python benchmarks/tables.py --check    exit code 1 when a document and the results differ
+python benchmarks/tables.py            rewrites the documents, and draws the figures of GPUs (kernel_plots.py) anew
+python benchmarks/tables.py --check    exit code 1 when a document or a figure and the results differ
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+import kernel_plots
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -61,23 +63,50 @@ def kernels_table(results: Results) -> str:
     )
 
 
+def cpu_kernels_table(results: Results) -> str:
+    rows = [
+        (
+            f"{row['tokens']:,} tokens, {row['threads']} threads",
+            f"{row['ours_ms']:.3g} ({row['ours_ms_min']:.3g} to {row['ours_ms_max']:.3g})",
+            f"{row['body_ms']:.3g} ({row['body_ms_min']:.3g} to {row['body_ms_max']:.3g})",
+            f"{row['body_ms'] / row['ours_ms']:.1f} times",
+        )
+        for row in results["rows"]
+    ]
+    layer = results["rows"][0]["layer"]
+    return _table(
+        (f"scan of one layer in ONNX Runtime, {layer}, fp32, ms", "operator library", "function body", "faster"), rows
+    )
+
+
 RENDERERS: dict[str, Callable[[Results], str]] = {
     "cpu-export": export_table,
+    "cpu-kernels": cpu_kernels_table,
     "cpu-runtime-memory": memory_table,
-    "h200-kernels": kernels_table,
 }
+GPU_KERNELS = "gpu-kernels"  # stands for the result files of all GPUs
 
 
 def rendered(document: str, folder: Path = ROOT) -> str:
     """Return a document, which lies in `folder`, with its blocks as the result files have them; without results they say so."""
 
     def block(match: re.Match[str]) -> str:
-        path = RESULTS / f"{match[2]}.json"
-        if not path.is_file():
-            return f"{match[1]}Not measured yet.\n{match[3]}"
+        if match[2] == GPU_KERNELS:
+            parts = [f"{rendered_file(path, kernels_table)}\n\n{figure(path)}" for path in kernel_plots.of_gpus()]
+        else:
+            path = RESULTS / f"{match[2]}.json"
+            parts = [rendered_file(path, RENDERERS[match[2]])] if path.is_file() else []
+        return f"{match[1]}{chr(10).join(parts) or 'Not measured yet.'}\n{match[3]}"
+
+    def rendered_file(path: Path, render: Callable[[Results], str]) -> str:
         results = json.loads(path.read_text(encoding="utf-8"))
         source = f"{results['where']}; `{results['command']}`; [{path.name}]({os.path.relpath(path, folder)})"
-        return f"{match[1]}{RENDERERS[match[2]](results)}\n\n{source}\n{match[3]}"
+        return f"{render(results)}\n\n{source}"
+
+    def figure(path: Path) -> str:
+        drawn = kernel_plots.figure_of(path)
+        text = "Latency of prefill and decode step beside the peers and the floor, and the fraction of the roofline"
+        return f"![{text}]({os.path.relpath(drawn, folder)})\n"
 
     return BLOCK.sub(block, document)
 
@@ -99,6 +128,9 @@ def main() -> int:
             differ.append(name)
             if not options.check:
                 path.write_text(rendered(text, path.parent), encoding="utf-8")
+    if not options.check:
+        kernel_plots.draw_stale()
+    differ += [str(kernel_plots.figure_of(path).relative_to(ROOT)) for path in kernel_plots.stale()]
     if differ and options.check:
         sys.stderr.write(f"{', '.join(differ)} differ from benchmarks/results; run python benchmarks/tables.py\n")
     return 1 if differ and options.check else 0

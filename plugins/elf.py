@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,10 @@ from elftools.elf.sections import SymbolTableSection
 from mmm_export.errors import KernelError
 
 MOST_BYTES = 2 << 30  # a library of all architectures has some MiB; more would only fill the memory
-MOST_SYMBOLS = 1 << 20
+# Counts in a damaged file may be anything, and its entries may lie over each other: without limits, reading them takes hours.
+MOST_SYMBOLS = 100_000
+MOST_ENTRIES = 5_000  # sections, dynamic tags, version names
+_SECTION_HEADER_BYTES, _SYMBOL_BYTES = 64, 24
 MACHINES = {"EM_X86_64": "x86_64", "EM_AARCH64": "aarch64"}  # as `platform.machine()` spells them
 
 
@@ -83,12 +87,14 @@ def read_shared_library(path: Path, sections: Iterable[str]) -> SharedLibrary:
 def _read(elf: Any, sections: Iterable[str]) -> SharedLibrary:
     if elf.elfclass != 64:
         raise ValueError("a 32-bit library")
+    if elf["e_shentsize"] != _SECTION_HEADER_BYTES or elf.num_sections() > MOST_ENTRIES:
+        raise ValueError(f"{elf.num_sections()} sections with headers of {elf['e_shentsize']} bytes")
     exported: set[str] = set()
     undefined: set[str] = set()
     symbols = elf.get_section_by_name(".dynsym")
     if isinstance(symbols, SymbolTableSection):
-        if symbols.num_symbols() > MOST_SYMBOLS:
-            raise ValueError("more symbols than a library of ours can have")
+        if symbols["sh_entsize"] != _SYMBOL_BYTES or symbols.num_symbols() > MOST_SYMBOLS:
+            raise ValueError(f"{symbols['sh_size']} bytes of symbols, {symbols['sh_entsize']} bytes each")
         for symbol in symbols.iter_symbols():
             is_global = symbol["st_info"]["bind"] == "STB_GLOBAL"
             if symbol.name and symbol["st_shndx"] == "SHN_UNDEF":
@@ -99,7 +105,7 @@ def _read(elf: Any, sections: Iterable[str]) -> SharedLibrary:
     dynamic = elf.get_section_by_name(".dynamic")
     if isinstance(dynamic, DynamicSection):
         tag: Any  # has a field of its own for each kind
-        for tag in dynamic.iter_tags():
+        for tag in islice(dynamic.iter_tags(), MOST_ENTRIES):
             if tag.entry.d_tag == "DT_NEEDED":
                 needed.append(str(tag.needed))
             elif tag.entry.d_tag in ("DT_RPATH", "DT_RUNPATH"):
@@ -127,8 +133,8 @@ def _newest_glibc(elf: Any) -> tuple[int, ...]:
     section = elf.get_section_by_name(".gnu.version_r")
     found: list[tuple[int, ...]] = [()]
     if isinstance(section, GNUVerNeedSection):
-        for _, versions in section.iter_versions():
-            for version in versions:
+        for _, versions in islice(section.iter_versions(), 100):
+            for version in islice(versions, 100):  # of one library
                 numbers = version.name.removeprefix("GLIBC_").split(".")
                 if version.name.startswith("GLIBC_") and all(part.isdigit() for part in numbers):
                     found.append(tuple(map(int, numbers)))

@@ -113,7 +113,7 @@ def _findings(kind: str, library: SharedLibrary, code: GpuCode, note: dict[str, 
         found.append(("warning", f"it loads only where these are found: {', '.join(foreign)}"))
     if library.runpaths:
         found.append(
-            ("warning", f"it looks for libraries in folders of the building machine: {', '.join(library.runpaths)}")
+            ("warning", f"it names folders in which the loader looks for libraries: {', '.join(library.runpaths)}")
         )
     if library.glibc > _NEWEST_GLIBC:
         version = ".".join(map(str, library.glibc))

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import json
-import platform
-import struct
 from enum import IntEnum
 from pathlib import Path
 from typing import Any
 
 from mmm_export.errors import KernelError
+from mmm_export.library_file import check_library_file
 from mmm_export.plugin_files import KERNEL_ABI
 
 ABI_VERSION = KERNEL_ABI
@@ -150,10 +149,11 @@ def load_library(path: Path | str) -> KernelLibrary:
     """Load a kernel library, libmmm_kernels.so.
 
     Raises:
-        KernelError: there is no such file, it is no kernel library, or it was built for another processor or version.
+        KernelError: there is no such file, it is no kernel library or not a whole one, or it was built for another
+            processor or version.
     """
     path = Path(path)
-    _check_elf(path)
+    check_library_file(path)
     try:
         functions = ctypes.CDLL(str(path.resolve()))
     except OSError as error:
@@ -178,33 +178,3 @@ def load_library(path: Path | str) -> KernelLibrary:
 
 
 _REBUILD = "build one for this machine: mmm-export plugins build"
-# e_machine of an ELF header, by what platform.machine() calls the processor.
-_ELF_MACHINES = {"x86_64": 62, "aarch64": 183}
-
-
-def _check_elf(path: Path) -> None:
-    """Raise KernelError unless the file is a 64-bit library for this processor; the loader's own words are poor here."""
-    try:
-        with path.open("rb") as file:
-            header = file.read(20)
-    except FileNotFoundError:
-        raise KernelError(f"there is no kernel library at {path}", hint=_REBUILD) from None
-    except OSError as error:
-        raise KernelError(f"{path} cannot be read", found=error.strerror, wanted="a kernel library") from error
-    if len(header) < 20 or header[:5] != b"\x7fELF\x02":
-        raise KernelError(
-            f"{path} is not a shared library",
-            found=f"a file that begins with {header[:5]!r}",
-            wanted="a 64-bit ELF library",
-            hint=_REBUILD,
-        )
-    here = platform.machine()
-    order = "<" if header[5] == 1 else ">"
-    (machine,) = struct.unpack(f"{order}H", header[18:20])
-    if machine != _ELF_MACHINES.get(here, machine):
-        built_for = next(
-            (name for name, number in _ELF_MACHINES.items() if number == machine), f"ELF machine {machine}"
-        )
-        raise KernelError(
-            f"{path} was built for another processor", found=built_for, wanted=here, hint="mmm-export plugins build"
-        )

@@ -20,6 +20,7 @@ _CUDA_OLDEST = (12, 0)
 _TIMEOUT_S = 60  # for a program to say its version, from a cold disk
 _PACKAGES = 'pip install "mmm-export[plugins]"'
 _NVCC_PACKAGES = 'pip install "mmm-export[nvcc]" brings CUDA 13.0 without a toolkit, or install the CUDA toolkit'
+_SYSTEM_CUDA = Path("/usr/local/cuda")
 _CROSS_NAMES = ("aarch64-linux-gnu-g++", *(f"aarch64-linux-gnu-g++-{release}" for release in range(15, 9, -1)))
 
 
@@ -76,7 +77,7 @@ def cuda_include(nvcc: Tool | None) -> Path | None:
     """Find cuda_runtime_api.h, which TensorRT's headers include even where no kernel is compiled."""
     roots = [Path(os.environ[name]) for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
     roots += [nvcc.path.parent.parent] if nvcc else []
-    roots += [Path("/usr/local/cuda"), *_package_toolkits()]
+    roots += [_SYSTEM_CUDA, *_package_toolkits()]
     folders = [*(root / "include" for root in roots), Path("/usr/include")]
     return next((folder for folder in folders if (folder / "cuda_runtime_api.h").is_file()), None)
 
@@ -158,7 +159,7 @@ def _nvcc_path() -> Path | None:
         root = os.environ.get(name)
         if root and (Path(root) / "bin" / "nvcc").is_file():
             return (Path(root) / "bin" / "nvcc").absolute()
-    found = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+    found = shutil.which("nvcc") or shutil.which("nvcc", path=str(_SYSTEM_CUDA / "bin"))
     if found:
         return Path(found).absolute()
     candidates = (root / "bin" / "nvcc" for root in _package_toolkits())

@@ -119,6 +119,7 @@ class Run {
     }
     int64_t start = 0;
     for (const int64_t tokens : split) {
+      check_profile(tokens);
       Descriptions tensors = built_.tensors;
       for (int32_t i = 0; i < kTensors; ++i)
         tensors[i].dims = resized(i, tensors[i].dims, {size_.batch, tokens});
@@ -135,6 +136,15 @@ class Run {
       pieces_.push_back(std::move(piece));
       start += tokens;
     }
+  }
+
+  // As TensorRT does: the workspace was sized for the profile, so no larger call may reach the plugin.
+  void check_profile(int64_t tokens) const {
+    const CallSize& largest = options_.largest;
+    if (largest.tokens == 0 || (tokens <= largest.tokens && size_.batch <= largest.batch)) return;
+    throw Failure("a call is larger than --profile-max",
+                  std::to_string(tokens) + " tokens, batch " + std::to_string(size_.batch),
+                  "at most " + std::to_string(largest.tokens) + " tokens, batch " + std::to_string(largest.batch));
   }
 
   size_t row_bytes(int32_t position) const {

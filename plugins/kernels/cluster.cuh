@@ -9,12 +9,14 @@
 namespace mmm {
 
 // A one-time mailbox in shared memory: every block of the cluster stores into it with store_and_count, and wait() returns when
-// `bytes` have arrived. One thread opens it; the others may store after a cluster barrier (relaxed is enough) that follows.
+// `bytes` have arrived. One thread opens it and, after a __syncwarp, expects them; the others may store after a cluster barrier
+// (relaxed is enough) that follows.
 // No block may leave before its own wait returned: then nothing more is sent to it.
 struct Mailbox {
   uint64_t barrier;
 
-  __device__ __forceinline__ void open(uint32_t bytes);
+  __device__ __forceinline__ void open();
+  __device__ __forceinline__ void expect(uint32_t bytes);
   __device__ __forceinline__ void wait() const;
 };
 
@@ -46,11 +48,14 @@ __device__ __forceinline__ void store_in_block(uint32_t remote, float x) {
   asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(remote), "f"(x) : "memory");
 }
 
-__device__ __forceinline__ void Mailbox::open(uint32_t bytes) {
-  const uint32_t address = shared_address(&barrier);
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(address) : "memory");
+__device__ __forceinline__ void Mailbox::open() {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(&barrier)) : "memory");
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address), "r"(bytes) : "memory");
+}
+
+__device__ __forceinline__ void Mailbox::expect(uint32_t bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(&barrier)), "r"(bytes)
+               : "memory");
 }
 
 __device__ __forceinline__ void Mailbox::wait() const {
@@ -58,7 +63,7 @@ __device__ __forceinline__ void Mailbox::wait() const {
       "{\n"
       ".reg .pred done;\n"
       "again:\n"
-      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], 0;\n"
+      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], 0;\n"
       "@!done bra again;\n"
       "}" ::"r"(shared_address(&barrier))
       : "memory");

@@ -260,8 +260,8 @@ struct Walker {
         }
         y[r] = even + odd;
       }
-      // The shuffles come after every lane's read of v, so that y may take its place.
       const float sum = reduce_rows<ROW_TILE, kLanes / 2>(y, lane);
+      __syncwarp();  // every lane has read its v, whose place y takes; shuffles order no memory
       if (lane % COPIES == 0) values[t][first_row + lane / COPIES] = sum;
     }
   }

@@ -237,7 +237,9 @@ struct Step {
     load_weights();
 #if __CUDA_ARCH__ >= 900
     if constexpr (PARTS > 1) {  // the blocks arrive here, and ask whether the others did only long after
-      if (thread == 0) shared.mailbox.open(sizeof(shared.squares));
+      if (thread == 0) shared.mailbox.open();
+      __syncwarp();
+      if (thread == 0) shared.mailbox.expect(sizeof(shared.squares));
       __syncwarp();
       cluster_arrive_relaxed();
     }

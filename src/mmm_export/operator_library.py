@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mmm_export.errors import KernelError, OptionError
+from mmm_export.library_file import check_library_file
 from mmm_export.manifest import Manifest
 from mmm_export.plugin_files import find_library
 
@@ -50,13 +51,21 @@ def register_library(options: Any, library: Path) -> None:
         KernelError: ONNX Runtime cannot load it.
     """
     try:
+        check_library_file(library)
         options.register_custom_ops_library(str(library.resolve()))
     except Exception as error:
         import onnxruntime
 
+        if isinstance(error, KernelError):
+            reason = error.what.removeprefix(f"{library} ")
+            raise _unusable(library, f"{reason}: {error.found}" if error.found else reason) from error
         lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise KernelError(
-            f"ONNX Runtime cannot use the kernel library {library}",
-            found=f"onnxruntime {onnxruntime.__version__}: {lines[0][:300]}",
-            hint="build it again on this machine: mmm-export plugins build; or go without: --kernels none",
-        ) from error
+        raise _unusable(library, f"onnxruntime {onnxruntime.__version__}: {lines[0][:300]}") from error
+
+
+def _unusable(library: Path, found: str) -> KernelError:
+    return KernelError(
+        f"ONNX Runtime cannot use the kernel library {library}",
+        found=found,
+        hint="build it again on this machine: mmm-export plugins build; or go without: --kernels none",
+    )

@@ -25,6 +25,7 @@ SNAPSHOTS = Path(__file__).parent / "snapshots"
 CLICK = "8.5"  # help texts of other versions are laid out otherwise; constraints.txt pins this one
 
 HELP = {f"help-{name}": [name, "--help"] for name in cli.commands} | {"help": ["--help"], "no-arguments": []}
+HELP |= {f"help-plugins-{name}": ["plugins", name, "--help"] for name in ("build", "inspect")}
 USAGE = {
     "version": ["--version"],
     "unknown-command": ["ispect"],
@@ -48,6 +49,11 @@ INPUT = {
     "inspect-nothing": ["inspect", "nowhere"],
     "inspect-other-folder": ["inspect", "empty"],
     "inspect-other-file": ["inspect", "note.txt"],
+    "plugins-inspect-nothing": ["plugins", "inspect", "nowhere.so"],
+    "plugins-inspect-other-file": ["plugins", "inspect", "note.txt"],
+    "plugins-build-unknown-architecture": ["plugins", "build", "--cuda-arch", "hoper"],
+    "plugins-build-old-architecture": ["plugins", "build", "--cuda-arch", "sm_75"],
+    "plugins-build-unknown-target": ["plugins", "build", "--cuda-arch", "none", "--only", "tensorrt,triton"],
 }
 
 

@@ -22,6 +22,7 @@ from mmm_export.manifest import check_files, file_info, read_manifest
 from mmm_export.model.checkpoint import Checkpoint
 from mmm_export.model.testing import tiny_spec
 
+pytestmark = pytest.mark.usefixtures("quick_exports")
 SMALL = tiny_spec(llm_layers=1)
 
 

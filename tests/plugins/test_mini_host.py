@@ -213,6 +213,7 @@ def test_fields_of_another_model_are_refused_when_it_runs(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("options", "words"),
     [
+        (("--profile-max", "2,1"), ("larger than --profile-max", "3 tokens, batch 1", "at most 2 tokens, batch 1")),
         (("--split", "1,1"), ("--split does not add up", "2 tokens", "3")),
         (("--profile-max", "4"), ("--profile-max",)),
         (("--repeat", "0"), ("--repeat", "at least 1")),

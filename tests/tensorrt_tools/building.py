@@ -9,6 +9,7 @@ from unittest import mock
 
 import pytest
 
+from mmm_export.errors import BuildError
 from mmm_export.plugin_files import CACHE_VARIABLE
 from mmm_export.plugins.build import BuildOptions, build_plugins
 from mmm_export.plugins.headers import find_tensorrt
@@ -18,16 +19,28 @@ FOLDER_VARIABLE = "MMM_TENSORRT_PLUGIN_DIR"
 _REPOSITORY = Path(__file__).parents[2]
 
 
-@functools.cache
 def plugin_folder() -> Path:
     """Return the folder of libmmm_tensorrt.so and mmm_mini_host: the one that MMM_TENSORRT_PLUGIN_DIR names, or a CPU build."""
     named = os.environ.get(FOLDER_VARIABLE)
-    if named:
-        return Path(named).absolute()
-    headers = tensorrt_headers()
-    # A cache of its own: a build without CUDA must not become the newest one that this user's programs find.
+    return Path(named).absolute() if named else build_folder()
+
+
+@functools.cache
+def build_folder(architectures: tuple[int, ...] = (), cross: str | None = None) -> Path:
+    """Build the plugin, the mini host and, for GPUs, the kernel library, unless an earlier run did.
+
+    Skips where a compiler for the target or a part of CUDA that pip brings is missing, with its name; any other failure is one.
+    """
+    only = ("kernels", "tensorrt", "mini-host") if architectures else ("tensorrt", "mini-host")
+    options = BuildOptions(architectures, cross, only=only, tensorrt_include=tensorrt_headers())
+    # A cache of its own: a build for tests must not become the newest one that this user's programs find.
     with mock.patch.dict(os.environ, {CACHE_VARIABLE: str(_REPOSITORY / "build" / "test-plugins")}):
-        return build_plugins(BuildOptions(only=("tensorrt", "mini-host"), tensorrt_include=headers)).folder
+        try:
+            return build_plugins(options).folder
+        except BuildError as error:
+            if "not found" in error.what:
+                pytest.skip(f"{error.what}; {error.hint}")
+            raise
 
 
 def tensorrt_headers() -> Path:

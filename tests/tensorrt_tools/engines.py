@@ -57,8 +57,10 @@ def graph_tensors(model: Path) -> list[str]:
     return [value.name for value in (*graph.input, *graph.output)]
 
 
-def build_engines(folder: Path, model: Path, capabilities: list[str], profiles: list[Profile]) -> list[Engine]:
-    """Build one engine for each compute capability, such as "8.6".
+def build_engines(
+    folder: Path, model: Path, capabilities: list[str], profiles: list[Profile], library: Path | None = None
+) -> list[Engine]:
+    """Build one engine for each compute capability, such as "8.6", with the plugin of `library` or that of `plugin_library`.
 
     Raises:
         AssertionError: the builder process ended on its own.
@@ -67,11 +69,24 @@ def build_engines(folder: Path, model: Path, capabilities: list[str], profiles: 
         {"model": str(model), "capability": [int(part) for part in capability.split(".")], "profiles": profiles}
         for capability in capabilities
     ]
-    (folder / "jobs.json").write_text(json.dumps({"library": str(plugin_library()), "jobs": jobs}))
+    (folder / "jobs.json").write_text(json.dumps({"library": str(library or plugin_library()), "jobs": jobs}))
     script = Path(__file__).with_name("rtx_builder.py")
     done = run_with_runtime("rtx", script, str(folder / "jobs.json"), library_path=rtx_soname_folder())
     assert done.returncode == 0, f"the builder ended with {done.returncode}\n{done.stdout}\n{done.stderr}"
     return [_engine(json.loads(line), done.stderr) for line in done.stdout.splitlines()]
+
+
+def node_engine(folder: Path, model: bytes, library: Path | None = None) -> Engine:
+    """Build an engine of one node whose weights are inputs."""
+    path = folder / "node.onnx"
+    path.write_bytes(model)
+    shapes = {
+        value.name: [{"B": 2, "T": 3}.get(d.dim_param, d.dim_value) for d in value.type.tensor_type.shape.dim]
+        for value in onnx.load(path).graph.input
+    }
+    profiles = [{name: [shape] * 3 for name, shape in shapes.items()}]
+    (engine,) = build_engines(folder, path, ["8.6"], profiles, library)
+    return engine
 
 
 def _engine(row: dict[str, Any], stderr: str) -> Engine:

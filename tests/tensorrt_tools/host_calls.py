@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,20 +45,21 @@ def write_inputs(folder: Path, feeds: Feeds) -> None:
         np.save(folder / f"{name}.npy", array.view(np.uint16) if array.dtype.name == BFLOAT16 else array)
 
 
-def run_host(folder: Path, feeds: Feeds, *options: str, program: Path | None = None) -> HostRun:
+def run_host(folder: Path, feeds: Feeds, *options: str, program: Sequence[str | Path] = ()) -> HostRun:
     """Write `feeds` into `folder`/in, run the mini host on the plugin, and read what it writes.
 
     Args:
         folder: scratch.
         feeds: inputs by name.
         *options: of the mini host, such as `fields(sizes)`.
-        program: another mini host.
+        program: another mini host and plugin than those of `plugin_folder`, with what runs them.
     """
     inputs, outputs = folder / "in", folder / "out"
     write_inputs(inputs, feeds)
     outputs.mkdir(exist_ok=True)
     flags = ["--bfloat16"] if any(a.dtype.name == BFLOAT16 for a in feeds.values()) else []
-    command = [program or mini_host(), plugin_library(), "--inputs", inputs, "--outputs", outputs, *flags, *options]
+    program = program or (mini_host(), plugin_library())
+    command = [*program, "--inputs", inputs, "--outputs", outputs, *flags, *options]
     done = subprocess.run([str(word) for word in command], capture_output=True, text=True, timeout=300)
     steps = [json.loads(line) for line in done.stdout.splitlines()]
     read: Feeds = {}

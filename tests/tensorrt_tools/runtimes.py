@@ -1,7 +1,8 @@
 """NVIDIA's TensorRT libraries that run without a GPU, as far as these tests need: parsing, building, registering.
 
-Run this file to fetch them (about 220 MB) into build/tensorrt/<name>. They are no dependencies of the project: two of them hold
-modules of one name, so each has a folder of its own, and a test gives one of them to a Python of its own.
+Run this file to fetch them (about 220 MB; 670 MB unpacked) into build/tensorrt/<name>, as `make test` does. They are no
+dependencies of the project: two of them hold modules of one name, so each has a folder of its own, and a test gives one of them
+to a Python of its own. What the package index does not offer is told once, and its tests skip with that reason.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ PACKAGES: dict[str, tuple[str, ...]] = {
 ROOT_VARIABLE = "MMM_TENSORRT_RUNTIMES"
 ROOT = Path(os.environ.get(ROOT_VARIABLE) or Path(__file__).parents[2] / "build" / "tensorrt")
 _INSTALLED = "installed.txt"  # written last, so that an interrupted fetch is none
+_UNAVAILABLE = "unavailable.txt"
+_TIMEOUT_S = 900  # for 230 MB over a slow line
 
 
 def runtime_folder(name: str) -> Path | None:
@@ -39,7 +42,11 @@ def require_runtime(name: str) -> Path:
 
     folder = runtime_folder(name)
     if folder is None:
-        pytest.skip(f"{' '.join(PACKAGES[name])} not fetched: python tests/tensorrt_tools/runtimes.py")
+        note = ROOT / name / _UNAVAILABLE
+        reason = (
+            note.read_text().strip() if note.is_file() else "fetch them with: python tests/tensorrt_tools/runtimes.py"
+        )
+        pytest.skip(f"{' '.join(PACKAGES[name])} not there: {reason}")
     return folder
 
 
@@ -78,15 +85,36 @@ def rtx_soname_folder() -> Path:
     return folder
 
 
-def fetch(name: str) -> None:
-    """Install the packages of `name` into a folder of its own, without what they depend on."""
+def fetch(name: str) -> str | None:
+    """Install the packages of `name` into a folder of its own, without what they depend on; return why it failed, if it did."""
     folder = ROOT / name
+    folder.mkdir(parents=True, exist_ok=True)
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "--quiet", "--upgrade"]
-    subprocess.run([*pip, "--no-deps", "--only-binary=:all:", "--target", str(folder), *PACKAGES[name]], check=True)
+    command = [*pip, "--no-deps", "--only-binary=:all:", "--target", str(folder), *PACKAGES[name]]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
+        failed = done.returncode != 0
+        lines = [line for line in done.stderr.splitlines() if "ERROR" in line] or [f"pip gave {done.returncode}"]
+    except subprocess.TimeoutExpired:
+        failed, lines = True, [f"pip took longer than {_TIMEOUT_S} s"]
+    if failed:
+        (folder / _UNAVAILABLE).write_text(lines[-1] + "\n")
+        return lines[-1]
+    (folder / _UNAVAILABLE).unlink(missing_ok=True)
     (folder / _INSTALLED).write_text("\n".join(PACKAGES[name]) + "\n")
+    return None
+
+
+def main() -> None:
+    """Fetch what is not there yet; a failure is a note, since most tests need none of this."""
+    missing = [name for name in PACKAGES if runtime_folder(name) is None]
+    if missing:
+        sys.stderr.write(f"Fetching TensorRT's runtimes for tests into {ROOT} (once; about 190 MB)\n")
+    for name in missing:
+        reason = fetch(name)
+        if reason:
+            sys.stderr.write(f"note: {' '.join(PACKAGES[name])} not fetched, so their tests will skip: {reason}\n")
 
 
 if __name__ == "__main__":
-    for each in PACKAGES:
-        if runtime_folder(each) is None:
-            fetch(each)
+    main()

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from mmm_export.rendering.text import WIDTH, printable, size, table
 
 if TYPE_CHECKING:
     from mmm_export.plugins.build import BuildReport
+
+_MOST_NAMES = 8
 
 
 def plugin_build(report: BuildReport) -> str:
@@ -34,7 +36,7 @@ def plugin_inspection(data: Mapping[str, Any]) -> str:
         ("machine", data["machine"]),
         ("GPUs", ", ".join(gpus) or "none"),
         *((key, str(data[key])) for key in ("version", "abi", "cuda", "compiler", "headers", "glibc") if data[key]),
-        *((key, ", ".join(data[key]) or "nothing") for key in ("exported", "needed")),
+        *((key, _shortened(data[key]) or "nothing") for key in ("exported", "needed")),
         ("undefined", f"{len(data['undefined'])} symbols of the libraries above; --json lists them"),
     ]
     shown = [
@@ -49,3 +51,8 @@ def plugin_inspection(data: Mapping[str, Any]) -> str:
         ]
         parts.append("\n".join(["findings", *lines]))
     return "\n\n".join(parts)
+
+
+def _shortened(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _MOST_NAMES} more; --json lists them" if len(names) > _MOST_NAMES else ""
+    return ", ".join(names[:_MOST_NAMES]) + more
