@@ -19,7 +19,7 @@ import kernel_plots
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-DOCUMENTS = ("README.md", "docs/plugins.md")
+DOCUMENTS = ("README.md", "docs/plugins.md", "docs/engine.md")
 BLOCK = re.compile(r"(<!-- results: ([a-z0-9-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 Results = dict[str, Any]
@@ -79,10 +79,28 @@ def cpu_kernels_table(results: Results) -> str:
     )
 
 
+def engines_table(results: Results) -> str:
+    rows = [
+        (
+            f"{row['model']}, {row['precision']}, SM {row['compute_capability']}",
+            f"{row['build_s']:.0f} s",
+            f"{row['peak_gib']:.1f} GiB",
+            f"{row['engine_bytes'] / 1e9:.2f} GB",
+            f"{row['weights_bytes'] / 1e9:.2f} GB",
+            f"{row['command_s']:.0f} s",
+        )
+        for row in results["rows"]
+    ]
+    version = results["rows"][0]["tensorrt_rtx"]
+    header = ("decoder engine", "build", "peak memory of the builder", "plan", "weights in the bundle", "whole command")
+    return f"TensorRT-RTX {version}, built on a CPU for a GPU that is not there:\n\n{_table(header, rows)}"
+
+
 RENDERERS: dict[str, Callable[[Results], str]] = {
     "cpu-export": export_table,
     "cpu-kernels": cpu_kernels_table,
     "cpu-runtime-memory": memory_table,
+    "rtx-engines": engines_table,
 }
 GPU_KERNELS = "gpu-kernels"  # stands for the result files of all GPUs
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import importlib
 import json
+import os
 import resource
 import sys
 import time
@@ -103,6 +104,9 @@ def call(owner: Any, name: str) -> Any:
 def configure(trt: Any, builder: Any, job: dict[str, Any]) -> Any:
     config = builder.create_builder_config()
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+    tf32 = getattr(trt.BuilderFlag, "TF32", None)
+    if tf32 is not None:  # on by default, and it rounds the inputs of fp32 products to 10 bits
+        config.clear_flag(tf32)
     if job["workspace_bytes"]:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, job["workspace_bytes"])
     if job["capabilities"]:  # TensorRT-RTX builds for devices that are not here
@@ -194,4 +198,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main(sys.argv[1:]))
+    code = main(sys.argv[1:])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # some versions fault while their objects are taken down, after all is written

@@ -22,6 +22,7 @@ from mmm_export.exporter.trt.libraries import PROGRAM, Library, process_environm
 from mmm_export.exporter.trt.source_modules import source_module
 from mmm_export.progress import Progress
 
+EVENT = '{"event": '  # what every line of build_process.py begins with
 _STAGES = {"parse": "read {plan}'s graph", "build": "build {plan}"}
 
 
@@ -63,7 +64,8 @@ def build_plan(library: Library, job: Job, library_path: Path | None, progress: 
         with _process(library, job, library_path, stderr) as process:
             assert process.stdout is not None
             done, error = None, None
-            events = (json.loads(line) for line in process.stdout)
+            # Libraries print too; ours are the lines that open an object.
+            events = (json.loads(line) for line in process.stdout if line.startswith(EVENT))
             stage = next(events, None)
             while stage is not None:
                 event, stage = stage, None

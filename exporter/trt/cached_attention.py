@@ -58,7 +58,9 @@ def write_attentions(model: ir.Model) -> dict[str, str]:
         key, value = (_write(graph, past(layer)) for past in (names.past_key, names.past_value))
         attention = _attention(key, value, layer)
         start = _shared(graph, "write_start", partial(_write_start, graph))
-        seen = _shared(graph, "seen_by_head", partial(_seen_by_head, graph, attention.seen))
+        # One a layer: TensorRT-RTX 1.7 names what it makes of a mask after the mask's node, and refuses two of one name.
+        name = f"layer.{layer}.seen_by_head"
+        seen = _shared(graph, name, partial(_seen_by_head, graph, attention.seen, name))
         for write in (key, value):
             name = f"layer.{layer}.{'key' if write is key else 'value'}_scatter"
             scatter = new_node("TensorScatter", [write.past, write.new, start], name, {"axis": -2, "mode": "linear"})
@@ -187,11 +189,10 @@ def _write_start(graph: ir.Graph) -> list[ir.Node]:
     ]
 
 
-def _seen_by_head(graph: ir.Graph, seen: ir.Value) -> list[ir.Node]:
+def _seen_by_head(graph: ir.Graph, seen: ir.Value, name: str) -> list[ir.Node]:
     """(B, T, S) -> (B, 1, T, S) bool."""
-    return [
-        new_node("Unsqueeze", [seen, new_constant(graph, "head_axis", [1])], "seen_by_head", dtype=ir.DataType.BOOL)
-    ]
+    axis = new_constant(graph, "head_axis", [1])
+    return [new_node("Unsqueeze", [seen, axis], name, dtype=ir.DataType.BOOL)]
 
 
 def _offsets(graph: ir.Graph, write: _Write, prefix: str) -> tuple[list[ir.Node], ir.Value]:

@@ -10,7 +10,7 @@ from mmm_export.engine_manifest import DeviceMemory
 from mmm_export.errors import EngineError
 from mmm_export.exporter.trt.head import head_parts
 from mmm_export.exporter.trt.operators import Operators
-from mmm_export.exporter.trt.profiles import ProfileOptions
+from mmm_export.exporter.trt.profiles import ProfileOptions, profile_rows
 from mmm_export.exporter.trt.targets import GIB, Device
 from mmm_export.manifest import Manifest
 from mmm_export.state_bytes import BYTES, state_bytes
@@ -23,8 +23,9 @@ CONTEXT_BYTES = 512 * MIB
 SYSTEM_BYTES = GIB
 # The scan bounds its workspace itself (plugins/kernels/chunked.cu); engines run layers in turn, so it counts once.
 SCAN_WORKSPACE_BYTES = 21_000_000
-# Resident memory of the builder over the bytes of weights: benchmarks/results/rtx-engines.json. Below it lies the library itself.
-BUILD_FACTOR = 3.2
+# Resident memory of the builder over the bytes of weights, TensorRT-RTX writing the plan as a stream: 2.3 in
+# benchmarks/results/rtx-engines.json. Below it lies the library itself.
+BUILD_FACTOR = 2.5
 BUILD_BASE_BYTES = 1 * GIB
 
 
@@ -80,6 +81,8 @@ def estimate(manifest: Manifest, sizes: Sizes, operators: Operators) -> Estimate
     decoder, vision = (_weight_bytes(manifest, name) for name in (names.DECODER_FILE, names.VISION_FILE))
     parts = head_parts(spec.hidden_size, spec.vocab_size, item, sizes.max_alloc_bytes)
     state = state_bytes(spec, manifest.dtype)
+    # The plain form gets two buffers that swap; the other writes the cache in place.
+    copies = 1 if operators.cached_attention else 2
     cache = state["kv_bytes_per_token"] * sizes.max_tokens * batch
     # The conv state is held twice: two readers share a row, so it cannot be written where it is read.
     states = (state["ssm_bytes"] + 2 * state["conv_bytes"]) * batch
@@ -88,8 +91,9 @@ def estimate(manifest: Manifest, sizes: Sizes, operators: Operators) -> Estimate
         scores = spec.heads * tokens * sizes.max_tokens * (4 + item)  # plain attention writes its scores out, twice
     layer = tokens * max(3 * spec.intermediate_size, spec.projected_size + 2 * spec.hidden_size) * item
     tile = spec.vision.grid**2 * spec.hidden_size * item * 4
-    activations = max(batch * (layer + scores + 4 * tokens * spec.hidden_size), options.max_tiles * tile)
-    activations += batch * spec.vocab_size * (4 + item)
+    rows = profile_rows(options)
+    activations = max(rows * (layer + scores + 4 * tokens * spec.hidden_size), options.max_tiles * tile)
+    activations += rows * spec.vocab_size * (4 + item)
     allocations = {
         "the LM head, or a part of it": max(part.end - part.begin for part in parts) * spec.hidden_size * item,
         "a projection": spec.hidden_size * max(spec.intermediate_size, spec.projected_size) * item,
@@ -100,7 +104,7 @@ def estimate(manifest: Manifest, sizes: Sizes, operators: Operators) -> Estimate
     }
     largest = max(allocations, key=lambda name: allocations[name])
     workspace = min(sizes.workspace_bytes, SCAN_WORKSPACE_BYTES) if spec.mamba_layers else 0
-    memory = DeviceMemory(decoder + vision, states, cache, activations, workspace, allocations[largest])
+    memory = DeviceMemory(decoder + vision, states, copies * cache, activations, workspace, allocations[largest])
     rewrites = (
         1 if operators.cached_attention else 3
     )  # the plain form reads and writes a cache whole, besides reading it

@@ -62,26 +62,36 @@ def _tensors(text: str) -> list[str]:
 def _from_inspector(text: str) -> dict[int, list[Row]]:
     found: dict[int, list[Row]] = {}
     try:
-        layers = json.loads(text).get("Layers", [])
-    except (ValueError, AttributeError):
+        data = json.loads(text)
+    except (ValueError, RecursionError):
         return {}
-    for layer in layers:
-        if isinstance(layer, str):  # without details a layer is its name
-            layer = {"Name": layer, "LayerType": "unknown"}
-        mark = _PROFILE.search(str(layer.get("Name", "")))
+    for layer in _items(data, "Layers"):
+        # Without details a layer is its name.
+        facts = layer if isinstance(layer, dict) else {"Name": layer}
+        name = str(facts.get("Name", ""))
+        mark = _PROFILE.search(name)
         row = {
-            "kind": str(layer.get("LayerType", "unknown")),
-            "name": _PROFILE.sub("", str(layer.get("Name", ""))),
-            "inputs": [_described(tensor) for tensor in layer.get("Inputs", [])],
-            "outputs": [_described(tensor) for tensor in layer.get("Outputs", [])],
+            "kind": str(facts.get("LayerType", "unknown")),
+            "name": _PROFILE.sub("", name),
+            "inputs": [_described(tensor) for tensor in _items(facts, "Inputs")],
+            "outputs": [_described(tensor) for tensor in _items(facts, "Outputs")],
         }
         found.setdefault(int(mark[1]) if mark else 0, []).append(row)
     return found
 
 
-def _described(tensor: dict[str, Any]) -> str:
+def _items(owner: object, key: str) -> list[Any]:
+    """Return a list that `owner` holds under `key`; empty for anything else, since the form changes from version to version."""
+    value = owner.get(key) if isinstance(owner, dict) else None
+    return value if isinstance(value, list) else []
+
+
+def _described(tensor: object) -> str:
+    if not isinstance(tensor, dict):
+        return str(tensor)
     kind = tensor.get("Datatype") or tensor.get("Format/Datatype") or "?"
-    return f"{_PROFILE.sub('', str(tensor.get('Name')))}:{kind}[{','.join(map(str, tensor.get('Dimensions', [])))}]"
+    dims = ",".join(map(str, _items(tensor, "Dimensions")))
+    return f"{_PROFILE.sub('', str(tensor.get('Name')))}:{kind}[{dims}]"
 
 
 def summary(rows: list[Row]) -> dict[str, int]:

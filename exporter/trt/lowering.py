@@ -47,7 +47,14 @@ class Lowered:
 
 
 def lower_graph(
-    bundle: Path, name: str, folder: Path, operators: Operators, max_alloc_bytes: int, max_tokens: int | None = None
+    bundle: Path,
+    name: str,
+    folder: Path,
+    operators: Operators,
+    max_alloc_bytes: int,
+    max_tokens: int | None = None,
+    *,
+    copy: bool = False,
 ) -> Lowered:
     """Write graph `name` of a bundle into `folder` for a target, with links to the weights of the bundle.
 
@@ -58,6 +65,7 @@ def lower_graph(
         operators: what the target takes.
         max_alloc_bytes: most that one part of the LM head may take.
         max_tokens: capacity of the KV caches, at most the bundle's; None for the bundle's.
+        copy: give `folder` weights of its own.
 
     Raises:
         EngineError: the bundle was exported with --standard-ops, or a part has a form that this version does not know.
@@ -77,7 +85,7 @@ def lower_graph(
             wanted="a graph as this version of mmm-export writes it",
             hint="export the bundle again with this version: mmm-export onnx CHECKPOINT -o BUNDLE",
         ) from error
-    link_weights(model, bundle, folder)
+    link_weights(model, bundle, folder, copy=copy)
     ir.save(model, path)
     inputs, outputs = (graph_tensors(values) for values in (model.graph.inputs, model.graph.outputs))
     return dataclasses.replace(lowered, inputs=inputs, outputs=outputs)
@@ -130,8 +138,8 @@ def refuse_foreign_operators(model: ir.Model, name: str) -> None:
         )
 
 
-def link_weights(model: ir.Model, bundle: Path, folder: Path) -> None:
-    """Give `folder` the data files that a model of `bundle` refers to: by hard link, else by copy.
+def link_weights(model: ir.Model, bundle: Path, folder: Path, *, copy: bool = False) -> None:
+    """Give `folder` the data files that a model of `bundle` refers to: by hard link, else or with `copy` by copy.
 
     A symbolic link would do for none of them: readers of external data refuse files that lie outside the model's folder.
     """
@@ -140,6 +148,9 @@ def link_weights(model: ir.Model, bundle: Path, folder: Path) -> None:
     for file in sorted(str(name) for name in files):
         target = folder / file
         with suppress(FileExistsError):
+            if copy:
+                shutil.copyfile(bundle / file, target)
+                continue
             try:
                 os.link(bundle / file, target)
             except FileExistsError:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 from mmm_export.engine_manifest import Flavor
+from mmm_export.manifest import Dtype
 
 BUNDLE_OPSET = 20
 NATIVE_OPSET = 24  # the first with Swish and TensorScatter
@@ -39,13 +41,15 @@ _SINCE_NORM_ROTARY_SCATTER = (10, 15)
 _SINCE_SWISH = (11, 0)
 
 
-def operators_of(flavor: Flavor, version: Version) -> Operators:
-    """Return what the library of this version takes."""
-    if flavor == "tensorrt-rtx" or version >= _SINCE_SWISH:
-        return NATIVE
-    if version >= _SINCE_NORM_ROTARY_SCATTER:
-        return Operators(NATIVE_OPSET, rms_norm=True, rotary=True, swish=False, cached_attention=True)
-    return PLAIN
+def operators_of(flavor: Flavor, version: Version, dtype: Dtype) -> Operators:
+    """Return what the library of this version takes for activations of this number format.
+
+    TensorRT has no kernel for Attention in float32 and refuses it there (seen with TensorRT-RTX 1.7.1).
+    """
+    if flavor == "tensorrt" and version < _SINCE_NORM_ROTARY_SCATTER:
+        return PLAIN
+    swish = flavor == "tensorrt-rtx" or version >= _SINCE_SWISH
+    return dataclasses.replace(NATIVE, swish=swish, cached_attention=dtype != "fp32")
 
 
 def parse_version(text: str) -> Version:

@@ -120,7 +120,7 @@ def plan_engine(bundle: Path, options: EngineOptions, *, dry_run: bool, check_co
             found=str(options.timing_cache),
             wanted="no timing cache: it chooses kernels on the device, when the engine is loaded",
         )
-    operators = operators_of(flavor, version)
+    operators = operators_of(flavor, version, manifest.dtype)
     alloc_mib = target.max_alloc_mib if options.max_alloc_mib is None else options.max_alloc_mib
     sizes = Sizes(
         options.profiles,
@@ -131,7 +131,7 @@ def plan_engine(bundle: Path, options: EngineOptions, *, dry_run: bool, check_co
     found = estimate(manifest, sizes, operators)
     device = here if here is not None and here.capability in capabilities else None
     _refuse_too_large(manifest, sizes, operators, options, target, device)
-    findings = [*manifest.findings, *_build_memory_findings(found, dry_run=dry_run)]
+    findings = [*manifest.findings, *_build_memory_findings(found, flavor, dry_run=dry_run)]
     if manifest.dtype == "fp32":
         findings.append("fp32 weights: an fp16 bundle takes half the memory and decodes twice as fast")
     return EnginePlan(
@@ -280,18 +280,22 @@ def _refuse_too_large(
     refuse_unless_fits(manifest, sizes, operators, memory, shared=shared, device=name)
 
 
-def _build_memory_findings(found: Estimate, *, dry_run: bool) -> list[str]:
+def _build_memory_findings(found: Estimate, flavor: Flavor, *, dry_run: bool) -> list[str]:
+    """Say that the build may not fit this machine; refuse it where the need was measured, which is with TensorRT-RTX."""
     total, free = machine_memory()
     if not total or dry_run:
         return []
     needed = f"{found.build_bytes / 2**30:.1f} GiB"
-    if found.build_bytes > total:
+    if found.build_bytes > total and flavor == "tensorrt-rtx":
         raise EngineError(
             "this machine has too little memory to build the engine",
             found=f"{total / 2**30:.1f} GiB with swap",
             wanted=f"about {needed}",
-            hint="add swap space, quantize the bundle, or build for TensorRT-RTX on a larger machine",
+            hint="add swap space, or build on a larger machine: the engine is for the GPU, not for the machine that builds",
         )
     if found.build_bytes > free:
-        return [f"the build needs about {needed} of memory and {free / 2**30:.1f} GiB are free: close other programs"]
+        return [
+            f"the build needs about {needed} of memory and {free / 2**30:.1f} GiB are free with swap: close other programs, "
+            "or add swap space"
+        ]
     return []

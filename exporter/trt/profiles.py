@@ -46,15 +46,19 @@ def parse_range(text: str) -> Range:
 def decoder_profiles(inputs: tuple[TensorInfo, ...], options: ProfileOptions) -> tuple[ProfileInfo, ProfileInfo]:
     """Return the prefill profile (0) and that of decode steps (1) of one engine, with one copy of the weights.
 
-    The decode profile takes two rows at least. For exactly one row and one token TensorRT-RTX writes matrix products as sums, which
-    want the weights in another order: the engine would hold them twice, once for each profile (seen with 1.7.1).
+    Both take two rows at least. For exactly one row and one token TensorRT-RTX writes matrix products as sums, which want the
+    weights in another order: the engine would hold them twice, once for each profile, or at least the LM head (seen with 1.7.1).
     """
-    batch = (1, options.max_batch, options.max_batch)
-    steps = (1, options.max_batch, max(options.max_batch, 2))
+    batch = (1, options.max_batch, profile_rows(options))
     return (
         _profile("prefill", inputs, {"batch": batch, "tokens": options.prefill_tokens}),
-        _profile("decode", inputs, {"batch": steps, "tokens": (1, 1, 1)}),
+        _profile("decode", inputs, {"batch": batch, "tokens": (1, 1, 1)}),
     )
+
+
+def profile_rows(options: ProfileOptions) -> int:
+    """Return the most rows of a decoder profile, which scratch memory is sized for."""
+    return max(options.max_batch, 2)
 
 
 def vision_profiles(inputs: tuple[TensorInfo, ...], options: ProfileOptions) -> tuple[ProfileInfo]:

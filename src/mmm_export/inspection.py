@@ -99,7 +99,7 @@ def _engine(folder: Path) -> dict[str, Any]:
         **model(manifest.model, manifest.dtype),
         "limits": dataclasses.asdict(manifest.limits),
         "precision": manifest.precision,
-        "expected_memory": memory,
+        "memory": memory,
         "plugin": {"file": manifest.plugin.file or ("in the plan" if manifest.plugin.embedded else "not needed")}
         | ({k: plugin[k] for k in ("abi", "version", "machine", "sha256")} if manifest.plugin.needed else {})
         | {"architectures": ", ".join(map(str, manifest.plugin.architectures)) or "none"},

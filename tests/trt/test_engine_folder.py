@@ -339,6 +339,16 @@ def builders_alive(folder: Path) -> list[str]:
     return found
 
 
+def test_building_needs_no_torch() -> None:
+    """A Jetson has none."""
+    script = (
+        "import sys\nimport mmm_export.engine_plugin, mmm_export.exporter.trt.lowered_folder\n"
+        "import mmm_export.plugins.inspection\nsys.exit('torch' in sys.modules or 'onnxscript' in sys.modules)"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    assert subprocess.run([sys.executable, "-c", script], env=environment, check=False).returncode == 0
+
+
 def test_a_damaged_listing_is_told_as_one(
     build: Callable[..., EngineManifest], stand_in: Callable[..., None], tmp_path: Path
 ) -> None:

@@ -12,6 +12,7 @@ import pytest
 from oracle import relative_error
 
 from mmm_export import names
+from mmm_export.engine_manifest import FLAVORS
 from mmm_export.errors import EngineError
 from mmm_export.exporter.trt.operators import NATIVE, PLAIN, Operators, operators_of, parse_version
 from mmm_export.manifest import read_manifest
@@ -23,10 +24,10 @@ FP32 = 1e-5
 FP16 = 1e-2
 
 SPELLINGS = {
-    "TensorRT 10.3": operators_of("tensorrt", (10, 3)),
-    "TensorRT 10.16": operators_of("tensorrt", (10, 16)),
-    "TensorRT 11.4": operators_of("tensorrt", (11, 4)),
-    "TensorRT-RTX": operators_of("tensorrt-rtx", (1, 7)),
+    "TensorRT 10.3": operators_of("tensorrt", (10, 3), "fp16"),
+    "TensorRT 10.16": operators_of("tensorrt", (10, 16), "fp16"),
+    "TensorRT 11.4": operators_of("tensorrt", (11, 4), "bf16"),
+    "TensorRT-RTX": operators_of("tensorrt-rtx", (1, 7), "fp16"),
 }
 HEAD_BYTES = 1 << 14  # cuts the head of the tiny models, 64 x 512, into several parts
 
@@ -37,9 +38,12 @@ def bundle(make_checkpoint: Callable[..., Path], make_bundle: Callable[..., Path
 
 
 def test_each_version_gets_the_operators_that_it_has() -> None:
-    assert SPELLINGS["TensorRT 10.3"] == operators_of("tensorrt", (10, 14, 9)) == PLAIN
+    assert SPELLINGS["TensorRT 10.3"] == operators_of("tensorrt", (10, 14, 9), "fp32") == PLAIN
     assert SPELLINGS["TensorRT 10.16"] == dataclasses.replace(NATIVE, swish=False)
     assert SPELLINGS["TensorRT 11.4"] == SPELLINGS["TensorRT-RTX"] == NATIVE
+    for flavor in FLAVORS:
+        wide = operators_of(flavor, (11, 4), "fp32")
+        assert wide == dataclasses.replace(NATIVE, cached_attention=False)
     assert (PLAIN.opset, NATIVE.opset) == (20, 24)
     assert parse_version("10.3.0.30") == (10, 3, 0, 30)
     assert parse_version("11.4.0rc1") == (11, 4)

@@ -284,18 +284,19 @@ class TestMemory:
             plan(tiny_bundle(), target="rtx", device_memory_mib=100)
         assert "a device with more memory" in str(caught.value.hint)
 
-    def test_a_machine_too_small_to_build_is_refused(
-        self, tiny_bundle: Callable[..., Path], stand_in: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+    def test_a_machine_too_small_for_rtx_to_build_is_refused(
+        self, tiny_bundle: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        stand_in()
         monkeypatch.setattr(planning, "machine_memory", lambda: (1 << 29, 1 << 28))
+        library = libraries.Library("tensorrt-rtx", "tensorrt_rtx", "1.7.1.116")
+        monkeypatch.setattr(planning, "require_library", lambda flavor: library)
         with pytest.raises(EngineError, match="too little memory to build"):
-            plan(tiny_bundle(), target="orin-jp62", dry_run=False)
+            plan(tiny_bundle(), target="rtx", dry_run=False)
 
     def test_a_busy_machine_is_a_finding(
         self, tiny_bundle: Callable[..., Path], stand_in: Callable[..., None], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         stand_in()
-        monkeypatch.setattr(planning, "machine_memory", lambda: (8 << 30, 1 << 28))
+        monkeypatch.setattr(planning, "machine_memory", lambda: (1 << 29, 1 << 28))
         found = plan(tiny_bundle(), target="orin-jp62", dry_run=False)
         assert any("close other programs" in finding for finding in found.findings)

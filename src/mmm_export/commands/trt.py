@@ -80,9 +80,17 @@ from mmm_export.packages import require
 @click.option(
     "--dry-run", is_flag=True, help="Print the plan and build nothing; needs no TensorRT if a target is named."
 )
+@click.option(
+    "--onnx-only",
+    is_flag=True,
+    help="Write the lowered graphs instead of engines: for trtexec, Polygraphy and ONNX Runtime. Needs no TensorRT if a "
+    "target is named.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON.")
 @click.option("--force", is_flag=True, help="Replace ENGINE if it is an engine already.")
-def trt(bundle: Path, output: Path | None, dry_run: bool, as_json: bool, force: bool, **rest: Any) -> None:
+def trt(
+    bundle: Path, output: Path | None, dry_run: bool, onnx_only: bool, as_json: bool, force: bool, **rest: Any
+) -> None:
     """Build TensorRT engines from a BUNDLE.
 
     One decoder engine with two profiles, prefill and decode, and one copy of the weights; a vision engine; the text embedding as a
@@ -121,9 +129,15 @@ def trt(bundle: Path, output: Path | None, dry_run: bool, as_json: bool, force: 
         max_alloc_mib=rest["max_alloc_mib"],
         device_memory_mib=rest["device_memory"],
     )
-    plan = plan_engine(bundle, options, dry_run=dry_run)
+    plan = plan_engine(bundle, options, dry_run=dry_run or onnx_only)
     click.echo(as_json_text(plan_as_json(plan)) if as_json else plan_text(plan), err=not (dry_run or as_json))
     if dry_run or output is None:
+        return
+    if onnx_only:
+        from mmm_export.exporter.trt.lowered_folder import write_lowered_graphs
+
+        write_lowered_graphs(plan, output, force=force, progress=console_progress())
+        click.echo(f"wrote {output}: the graphs for {plan.target.name}, and the decoder for ONNX Runtime", err=True)
         return
     plugin = None
     if plan.manifest.model.mamba_layers:

@@ -27,6 +27,10 @@ class ProfilingVerbosity(enum.Enum):
     DETAILED = 2
 
 
+class BuilderFlag(enum.Enum):
+    TF32 = 7
+
+
 class MemoryPoolType(enum.Enum):
     WORKSPACE = 0
 
@@ -97,6 +101,10 @@ class _Config:
         self.profiling_verbosity = ProfilingVerbosity.LAYER_NAMES_ONLY
         self.plugins_to_serialize: list[str] = []
         self.profiles = 0
+        self.flags = {BuilderFlag.TF32}
+
+    def clear_flag(self, flag: BuilderFlag) -> None:
+        self.flags.discard(flag)
 
     def set_memory_pool_limit(self, pool: MemoryPoolType, pool_size: int) -> None:
         pass
@@ -130,6 +138,9 @@ class Builder:
         return _Profile()
 
     def build_serialized_network(self, network: object, config: _Config) -> memoryview | None:
+        print('{"a library": "may print"}\nanything', flush=True)  # noqa: T201
+        assert not config.flags
+        assert config.profiling_verbosity is ProfilingVerbosity.DETAILED
         if _FAILURE == "build":
             self.logger.log(ILogger.ERROR, "Error Code 2: OutOfMemory (Requested size was 397410304 bytes.)")
             return None
