@@ -31,14 +31,20 @@ def open_engine_backend(
     for name, is_given in (
         ("providers", providers is not None),
         ("threads", threads is not None),
-        ("kernels", kernels not in (AUTO, NONE)),
     ):
         if is_given:
             raise OptionError(
                 f"an engine takes no {name}",
                 found=f"{name} for {folder}",
-                wanted="the library and the kernels that the engine was built with",
+                wanted="TensorRT on a GPU, as the engine was built",
                 hint=f"leave {name} out, or open the bundle",
             )
-    manifest, backend = open_engine(folder, check_content=check_content)
+    plugin = None if kernels in (AUTO, NONE) else Path(kernels)
+    if plugin is not None and not plugin.is_file():
+        raise OptionError(
+            f"no plugin library {plugin}",
+            wanted="the path of a libmmm_tensorrt.so",
+            hint="mmm-export plugins build makes one; leave it out to take the engine's own",
+        )
+    manifest, backend = open_engine(folder, check_content=check_content, plugin=plugin)
     return manifest, backend, min(chunk_tokens, manifest.limits.max_prefill_tokens)

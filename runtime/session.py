@@ -80,12 +80,13 @@ class Session:
         """Open a bundle with ONNX Runtime, or an engine with the TensorRT that it was built for.
 
         Args:
-            path: folder written by `mmm-export onnx` or `mmm-export trt`. An engine takes neither providers nor threads nor kernels.
+            path: folder written by `mmm-export onnx` or `mmm-export trt`. An engine takes neither providers nor threads.
             providers: execution providers in order of preference, such as "cuda"; None for the CPU.
             chunk_tokens: a prompt is read in chunks of so many tokens; memory grows with it and not with the prompt.
             threads: to compute with; None for one a core.
             kernels: what computes the scan of linear layers. "auto": the library of `mmm-export plugins build` when there is one
                 that fits, else the function body in the graph; "none": the body; or the path of a libmmm_onnxruntime.so.
+                Of an engine: its own plugin, or the path of the libmmm_tensorrt.so to load instead.
             check_content: compare the SHA-256 of every file with the manifest, some seconds for gigabytes.
 
         Raises:

@@ -16,12 +16,13 @@ from mmm_export.runtime.tensorrt.requirements import (
     check_memory,
     check_platform,
     check_plugin,
+    check_replacement,
     check_version,
 )
 
 
 def open_engine(
-    folder: Path, *, check_content: bool = True, ordinal: int = 0
+    folder: Path, *, check_content: bool = True, plugin: Path | None = None, ordinal: int = 0
 ) -> tuple[EngineManifest, TensorRTBackend]:
     """Open an engine folder on a GPU.
 
@@ -31,6 +32,7 @@ def open_engine(
     Args:
         folder: written by `mmm-export trt`.
         check_content: compare the SHA-256 of every file; that of the plugin library is always compared.
+        plugin: library to load instead of the engine's own, such as one that has code for this GPU.
         ordinal: of the GPU.
 
     Raises:
@@ -49,14 +51,17 @@ def open_engine(
     try:
         machine = Machine(device.name, device.compute_capability, device.free_bytes())
         check_device(folder, manifest, machine)
-        check_plugin(folder, manifest, machine)
+        if plugin is None:
+            check_plugin(folder, manifest, machine)
+        else:
+            check_replacement(plugin, machine)
         check_memory(folder, needed_bytes(manifest, shapes), machine)
         library.start()
         if manifest.plugin.needed:
-            if manifest.plugin.embedded:
+            if plugin is None and manifest.plugin.embedded:
                 library.allow_embedded_plugins()
             else:
-                library.load_plugins(folder / manifest.plugin.file)
+                library.load_plugins(plugin or folder / manifest.plugin.file)
         return manifest, TensorRTBackend(folder, manifest, shapes, device, library)
     except BaseException:
         library.close()

@@ -9,7 +9,7 @@ from pathlib import Path
 from mmm_export.engine_manifest import EngineManifest
 from mmm_export.errors import EngineError, KernelError
 from mmm_export.manifest import file_info
-from mmm_export.plugin_files import KERNEL_ABI
+from mmm_export.plugin_files import KERNEL_ABI, read_build
 
 _REBUILD = "build the engine again here: mmm-export trt BUNDLE -o ENGINE"
 _GIB = 1 << 30
@@ -102,6 +102,21 @@ def check_plugin(folder: Path, manifest: EngineManifest, machine: Machine) -> No
             found=built or "code for a CPU alone",
             wanted=f"SM {dotted(machine.compute_capability)} ({machine.name})",
             hint=again,
+        )
+
+
+def check_replacement(library: Path, machine: Machine) -> None:
+    """Refuse a plugin library that is to be loaded instead of the engine's, if its build says that it does not fit here.
+
+    One without a build.json beside it says nothing; TensorRT will. Raises KernelError.
+    """
+    build = read_build(library.parent)
+    if build is not None and not any(_runs_on(built, machine.compute_capability) for built in build.architectures):
+        raise KernelError(
+            f"{library} has no code for this GPU",
+            found=", ".join(f"SM {dotted(each)}" for each in build.architectures) or "code for a CPU alone",
+            wanted=f"SM {dotted(machine.compute_capability)} ({machine.name})",
+            hint="build it on this machine: mmm-export plugins build",
         )
 
 

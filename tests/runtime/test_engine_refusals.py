@@ -17,6 +17,7 @@ from fake_tensorrt import MAGIC, EngineValidity
 from mmm_export import names
 from mmm_export.engine_manifest import read_engine_manifest
 from mmm_export.errors import EngineError, KernelError, MissingPackageError, MmmError, OptionError
+from mmm_export.plugin_files import PluginBuild, write_build
 from mmm_export.runtime import Session
 
 
@@ -246,8 +247,28 @@ def test_table_of_another_size_is_refused(engine: Path, machine: FakeMachine) ->
     assert "not the table of its manifest" in refusal(engine, EngineError)
 
 
-@pytest.mark.parametrize("option", [{"providers": "cuda"}, {"threads": 2}, {"kernels": "library.so"}])
+@pytest.mark.parametrize("option", [{"providers": "cuda"}, {"threads": 2}])
 def test_options_that_only_a_bundle_takes_are_refused(
     option: dict[str, Any], engine: Path, machine: FakeMachine
 ) -> None:
     assert "an engine takes no" in refusal(engine, OptionError, **option)
+
+
+def test_plugin_library_of_this_machine_takes_the_place_of_the_engines(
+    engine: Path, machine: FakeMachine, tmp_path: Path
+) -> None:
+    other = dataclasses.replace(
+        read_engine_manifest(engine).plugin, architectures=()
+    )  # built with --any-plugin elsewhere
+    rewrite(engine, plugin=other)
+    assert "a CPU alone" in refusal(engine, KernelError)
+    built = tmp_path / "build"
+    built.mkdir()
+    library = built / names.PLUGIN_LIBRARY
+    assert "no plugin library" in refusal(engine, OptionError, kernels=library)
+    library.write_bytes(b"built here")
+    write_build(built, PluginBuild("0.1", "aarch64", "12.6", (90,)))
+    assert "SM 9.0" in refusal(engine, KernelError, kernels=library)
+    write_build(built, PluginBuild("0.1", "aarch64", "12.6", (87,)))
+    Session.open(engine, kernels=library).close()
+    assert machine.behaviour.libraries == [str(library.resolve())]
