@@ -10,6 +10,7 @@ from mmm_export import __version__
 from mmm_export.command_line import PROGRAM, FlowGroup, run
 from mmm_export.commands.bench import bench
 from mmm_export.commands.demo import demo
+from mmm_export.commands.distill import distill
 from mmm_export.commands.doctor import doctor
 from mmm_export.commands.inspect import inspect
 from mmm_export.commands.onnx import onnx
@@ -26,6 +27,7 @@ The flow, from a checkpoint to text:
 Each command explains itself: {PROGRAM} COMMAND --help"""
 
 COMMANDS: tuple[click.Command, ...] = (
+    distill,
     onnx,
     verify,
     trt,

@@ -19,7 +19,7 @@ import kernel_plots
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-DOCUMENTS = ("README.md", "docs/plugins.md", "docs/engine.md")
+DOCUMENTS = ("README.md", "docs/plugins.md", "docs/engine.md", "docs/distillation.md")
 BLOCK = re.compile(r"(<!-- results: ([a-z0-9-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 Results = dict[str, Any]
@@ -63,6 +63,53 @@ def kernels_table(results: Results) -> str:
     )
 
 
+def seeding_table(results: Results) -> str:
+    rows = [
+        (
+            row["model"],
+            f"{row['student_bytes'] / 1e9:.2f} GB",
+            f"{row['wall_s']:.0f} s",
+            f"{row['peak_anonymous_mib'] * 2**20 / 1e9:.2f} GB",
+        )
+        for row in results["rows"]
+    ]
+    return _table(("seeding a linear student from", "written", "time", "peak memory, without page cache"), rows)
+
+
+def distillation_table(results: Results) -> str:
+    rows = [
+        (
+            row["name"],
+            f"{row['trained_parameters'] / 1e6:.0f} M",
+            "yes" if row["recompute"] else "no",
+            f"{row['step_s']:.2f} s",
+            f"{row['tokens_per_s']:,.0f}",
+            f"{row['peak_gib']:.1f} GiB",
+        )
+        for row in results["rows"]
+    ]
+    return _table(("stage", "trained", "recompute", "optimizer step", "tokens/s", "peak memory"), rows)
+
+
+def linear_table(results: Results) -> str:
+    """The steps with the spreads that the search found, and the bytes' time at the rate of a copy."""
+    names = {"plain": "bf16", "int8": "INT8", "int4": "INT4, group 128"}
+    peers = {row["batch"]: row["peer_ms"] for row in results["rows"] if row.get("peer_ms")}
+    rows = [
+        (
+            f"{names[row['weight_format']]}, batch {row['batch']}",
+            f"{row['best_products_ms']:.2f}",
+            f"{row['best_chain_ms']:.2f}",
+            f"{peers[row['batch']]:.2f}",
+            f"{peers[row['batch']] / row['best_products_ms']:.1f} times",
+            f"{row['floor_ms']:.2f}",
+        )
+        for row in results["rows"]
+        if row["name"] == "linear_step"
+    ]
+    return _table(("weights, ms a step", "products", "chain", "cuBLAS, bf16", "faster", "floor"), rows)
+
+
 def cpu_kernels_table(results: Results) -> str:
     rows = [
         (
@@ -101,6 +148,9 @@ RENDERERS: dict[str, Callable[[Results], str]] = {
     "cpu-kernels": cpu_kernels_table,
     "cpu-runtime-memory": memory_table,
     "rtx-engines": engines_table,
+    "cpu-seeding": seeding_table,
+    "h100-full-size-distillation": distillation_table,
+    "h100-linear": linear_table,
 }
 GPU_KERNELS = "gpu-kernels"  # stands for the result files of all GPUs
 

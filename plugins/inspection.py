@@ -14,12 +14,12 @@ from mmm_export.errors import KernelError
 from mmm_export.plugins.architectures import dotted
 from mmm_export.plugins.elf import SharedLibrary, read_shared_library
 from mmm_export.plugins.fatbin import SECTION, GpuCode, gpu_code_from_section
-from mmm_export.plugins.library import ABI_VERSION
+from mmm_export.plugins.library import ABI_VERSION, FUNCTIONS
 
 NOTE_SECTION = ".note.mmm"  # plugins/cmake/build_note.cpp.in writes it
 
 EXPORTS: dict[str, frozenset[str]] = {
-    "kernels": frozenset({"mmm_abi_version", "mmm_build_info", "mmm_selective_scan", "mmm_selective_scan_workspace"}),
+    "kernels": frozenset(FUNCTIONS),
     "tensorrt": frozenset({"getCreators", "setLoggerFinder"}),
     "onnxruntime": frozenset({"RegisterCustomOps"}),
 }

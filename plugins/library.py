@@ -14,7 +14,14 @@ from mmm_export.plugin_files import KERNEL_ABI
 
 ABI_VERSION = KERNEL_ABI
 STATUS_TEXT_BYTES = 384
-FUNCTIONS = ("mmm_abi_version", "mmm_build_info", "mmm_selective_scan_workspace", "mmm_selective_scan")
+FUNCTIONS = (
+    "mmm_abi_version",
+    "mmm_build_info",
+    "mmm_selective_scan_workspace",
+    "mmm_selective_scan",
+    "mmm_linear_workspace",
+    "mmm_linear",
+)
 
 
 class Code(IntEnum):
@@ -51,6 +58,25 @@ class Method(IntEnum):
     STEP = 1
     CHUNKED = 2
     SEQUENTIAL = 3
+
+
+class WeightFormat(IntEnum):
+    """How the weight of a product lies in memory."""
+
+    PLAIN = 0
+    INT8 = 1
+    INT4 = 2
+
+
+class Epilogue(IntEnum):
+    """What becomes of the sums of a product."""
+
+    NONE = 0
+    RESIDUAL = 1
+    SILU = 2
+
+
+INT4_GROUP = 128
 
 
 class Status(ctypes.Structure):
@@ -106,6 +132,45 @@ class ScanArguments(ctypes.Structure):
     )
 
 
+class LinearShape(ctypes.Structure):
+    """`mmm_linear_shape`; sizes and types of a product."""
+
+    _fields_ = (
+        ("abi_version", ctypes.c_int32),
+        ("device", ctypes.c_int32),
+        ("io_dtype", ctypes.c_int32),
+        ("out_dtype", ctypes.c_int32),
+        ("weight_format", ctypes.c_int32),
+        ("scale_dtype", ctypes.c_int32),
+        ("epilogue", ctypes.c_int32),
+        ("normalise", ctypes.c_int32),
+        ("tokens", ctypes.c_int32),
+        ("outputs", ctypes.c_int32),
+        ("inputs", ctypes.c_int32),
+        ("eps", ctypes.c_float),
+    )
+
+
+class LinearArguments(ctypes.Structure):
+    """`mmm_linear_args`; one product. Pointers are integers or None; what they point to must outlive the call."""
+
+    _fields_ = (
+        ("shape", LinearShape),
+        ("variant", ctypes.c_int32),
+        ("overlap", ctypes.c_int32),
+        ("x", ctypes.c_void_p),
+        ("x_stride", ctypes.c_int64),
+        ("weight", ctypes.c_void_p),
+        ("scales", ctypes.c_void_p),
+        ("norm_weight", ctypes.c_void_p),
+        ("residual", ctypes.c_void_p),
+        ("out", ctypes.c_void_p),
+        ("workspace", ctypes.c_void_p),
+        ("workspace_bytes", ctypes.c_uint64),
+        ("stream", ctypes.c_void_p),
+    )
+
+
 class KernelLibrary:
     """A loaded kernel library. Made by `load_library`; stays loaded until the process ends."""
 
@@ -115,6 +180,14 @@ class KernelLibrary:
         self._workspace.argtypes = (ctypes.POINTER(ScanShape), ctypes.POINTER(ctypes.c_uint64), ctypes.POINTER(Status))
         self._scan = functions.mmm_selective_scan
         self._scan.argtypes = (ctypes.POINTER(ScanArguments), ctypes.POINTER(Status))
+        self._linear_workspace = functions.mmm_linear_workspace
+        self._linear_workspace.argtypes = (
+            ctypes.POINTER(LinearShape),
+            ctypes.POINTER(ctypes.c_uint64),
+            ctypes.POINTER(Status),
+        )
+        self._linear = functions.mmm_linear
+        self._linear.argtypes = (ctypes.POINTER(LinearArguments), ctypes.POINTER(Status))
         functions.mmm_build_info.restype = ctypes.c_char_p
         text: bytes = functions.mmm_build_info()
         self.build_info: dict[str, Any] = json.loads(text)
@@ -140,9 +213,30 @@ class KernelLibrary:
         if self._scan(ctypes.byref(arguments), ctypes.byref(status)) != Code.MMM_OK:
             raise self._refusal(status)
 
-    def _refusal(self, status: Status) -> KernelError:
+    def linear_workspace_bytes(self, shape: LinearShape) -> int:
+        """Bytes of workspace that a product of this shape needs, on its device.
+
+        Raises:
+            KernelError: the library has no kernel for the shape.
+        """
+        needed, status = ctypes.c_uint64(), Status()
+        if self._linear_workspace(ctypes.byref(shape), ctypes.byref(needed), ctypes.byref(status)) != Code.MMM_OK:
+            raise self._refusal(status, "matrix product")
+        return needed.value
+
+    def linear(self, arguments: LinearArguments) -> None:
+        """Run one product (CPU) or enqueue it (CUDA): writes what out points to.
+
+        Raises:
+            KernelError: the library refuses the call; nothing was written.
+        """
+        status = Status()
+        if self._linear(ctypes.byref(arguments), ctypes.byref(status)) != Code.MMM_OK:
+            raise self._refusal(status, "matrix product")
+
+    def _refusal(self, status: Status, operation: str = "selective scan") -> KernelError:
         text = status.text.decode("utf-8", "replace")
-        return KernelError(f"{self.path.name} refused a selective scan ({Code(status.code).name}): {text}")
+        return KernelError(f"{self.path.name} refused a {operation} ({Code(status.code).name}): {text}")
 
 
 def load_library(path: Path | str) -> KernelLibrary:

@@ -17,6 +17,26 @@ int32_t scan_cuda(const mmm_scan_args& args, mmm_status& status);
 // Bytes of workspace that scan_cuda needs for a checked shape. In libraries built with MMM_WITH_CUDA only.
 uint64_t workspace_cuda(const mmm_scan_shape& shape);
 
+// The same for matrix products.
+int32_t linear_cpu(const mmm_linear_args& args, mmm_status& status);
+int32_t linear_cuda(const mmm_linear_args& args, mmm_status& status);
+uint64_t linear_workspace_cuda(const mmm_linear_shape& shape);
+
+// Somebody else's matrix product on a GPU, such as cuBLAS: enqueue out (M, N) = x (M, K) W (N, K)^T, plus what is in out if `accumulate`,
+// all contiguous, in io_dtype but for out in `out_dtype`. Sums are float32.
+class ForeignProduct {
+ public:
+  virtual bool enqueue(const mmm_linear_shape& shape, const void* x, const void* weight, void* out, int32_t out_dtype,
+                       bool accumulate) const = 0;
+
+ protected:
+  ~ForeignProduct() = default;
+};
+
+// As linear_cuda, for a plain weight and contiguous x, by a product that is better at many tokens; norm and epilogue are kernels of ours.
+int32_t linear_cuda(const mmm_linear_args& args, const ForeignProduct& product, mmm_status& status);
+uint64_t linear_workspace_cuda(const mmm_linear_shape& shape, const ForeignProduct& product);
+
 // Write `code` and the formatted text to `status`, cut to MMM_STATUS_TEXT_BYTES; returns `code`.
 [[gnu::format(printf, 3, 4)]] int32_t fail(mmm_status& status, mmm_code code, const char* format, ...);
 
@@ -29,6 +49,11 @@ inline int64_t conv_channels(const mmm_scan_shape& shape) {
 // W, the elements of a projected row: [v | k | q | gate | dt].
 inline int64_t row_width(const mmm_scan_shape& shape) {
   return conv_channels(shape) + int64_t{shape.heads} * shape.head_dim + shape.heads;
+}
+
+// Columns of out.
+inline int64_t linear_columns(const mmm_linear_shape& shape) {
+  return shape.epilogue == MMM_EPILOGUE_SILU ? shape.outputs / 2 : shape.outputs;
 }
 
 // Bytes of one element, 0 for a number that is no mmm_dtype.

@@ -2,42 +2,12 @@
 
 #include <cinttypes>
 #include <cmath>
-#include <cstdarg>
-#include <cstdio>
 
 #include "abi/backend.h"
+#include "abi/region.h"
 
 namespace mmm {
 namespace {
-
-const char* dtype_name(int32_t dtype) {
-  switch (dtype) {
-    case MMM_FLOAT32: return "float32";
-    case MMM_FLOAT16: return "float16";
-    case MMM_BFLOAT16: return "bfloat16";
-    case MMM_FLOAT64: return "float64";
-    default: return "unknown";
-  }
-}
-
-// An array of a call: where it lies, how many bytes it spans, what its address must be a multiple of.
-struct Region {
-  const char* name;
-  const void* data;
-  int64_t bytes;
-  int64_t alignment;
-
-  uintptr_t begin() const { return reinterpret_cast<uintptr_t>(data); }
-  uintptr_t end() const { return begin() + static_cast<uintptr_t>(bytes); }
-  bool present() const { return data != nullptr && bytes > 0; }
-};
-
-bool overlap(const Region& a, const Region& b) {
-  return a.present() && b.present() && a.begin() < b.end() && b.begin() < a.end();
-}
-
-// Multiply `total` by `factor` (both >= 0); false when the product fits no int64.
-bool grow(int64_t& total, int64_t factor) { return !__builtin_mul_overflow(total, factor, &total); }
 
 // Bytes of the largest arrays of a call must fit an int64. Those left out are smaller than one of these.
 bool sizes_fit(const mmm_scan_shape& s) {
@@ -45,19 +15,6 @@ bool sizes_fit(const mmm_scan_shape& s) {
   return grow(rows, s.batch) && grow(rows, s.tokens) && grow(rows, row_width(s)) && grow(states, s.batch) &&
          grow(states, int64_t{s.heads} * s.head_dim) && grow(states, s.state_dim) && grow(conv, s.batch) &&
          grow(conv, conv_channels(s)) && grow(conv, s.conv_width);
-}
-
-int32_t check_dtype(const char* field, int32_t dtype, int32_t device, mmm_status& status) {
-  if (element_bytes(dtype) == 0) {
-    return fail(status, MMM_INVALID_ARGUMENT,
-                "%s is %d, which is no mmm_dtype; wanted 0 (float32), 1 (float16), 2 (bfloat16) or 3 (float64)", field,
-                dtype);
-  }
-  if (device == MMM_CUDA && dtype == MMM_FLOAT64) {
-    return fail(status, MMM_UNSUPPORTED, "%s is float64, which runs on the CPU only; on CUDA: float32, float16, bfloat16",
-                field);
-  }
-  return MMM_OK;
 }
 
 int32_t check_width(const char* field, int32_t value, mmm_status& status) {
@@ -126,37 +83,7 @@ bool projected_span(const mmm_scan_args& args, int64_t& bytes) {
          grow(bytes, element_bytes(s.io_dtype));
 }
 
-int32_t check_region(const Region& region, mmm_status& status) {
-  if (region.bytes == 0) return MMM_OK;
-  if (region.data == nullptr) {
-    return fail(status, MMM_INVALID_ARGUMENT, "%s is NULL; wanted %" PRId64 " bytes", region.name, region.bytes);
-  }
-  if (region.begin() % static_cast<uintptr_t>(region.alignment) != 0) {
-    return fail(status, MMM_INVALID_ARGUMENT, "%s is at %p; wanted an address that is a multiple of %" PRId64 " bytes",
-                region.name, region.data, region.alignment);
-  }
-  if (region.end() < region.begin()) {
-    return fail(status, MMM_INVALID_ARGUMENT, "%s is at %p; its %" PRId64 " bytes run past the end of memory",
-                region.name, region.data, region.bytes);
-  }
-  return MMM_OK;
-}
-
-int32_t overlap_refused(const Region& output, const Region& other, const char* wanted, mmm_status& status) {
-  return fail(status, MMM_INVALID_ARGUMENT, "%s (%" PRId64 " bytes at %p) overlaps %s (%" PRId64 " bytes at %p); wanted %s",
-              output.name, output.bytes, output.data, other.name, other.bytes, other.data, wanted);
-}
-
 }  // namespace
-
-int32_t fail(mmm_status& status, mmm_code code, const char* format, ...) {
-  status.code = code;
-  va_list values;
-  va_start(values, format);
-  std::vsnprintf(status.text, sizeof status.text, format, values);
-  va_end(values);
-  return code;
-}
 
 int32_t check_shape(const mmm_scan_shape& s, mmm_status& status) {
   if (s.abi_version != MMM_ABI_VERSION) {

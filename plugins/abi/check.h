@@ -15,6 +15,10 @@ int32_t check_shape(const mmm_scan_shape& shape, mmm_status& status);
 // `workspace_bytes` are needed.
 int32_t check_arguments(const mmm_scan_args& args, uint64_t workspace_bytes, mmm_status& status);
 
+// The same for matrix products.
+int32_t check_shape(const mmm_linear_shape& shape, mmm_status& status);
+int32_t check_arguments(const mmm_linear_args& args, uint64_t workspace_bytes, mmm_status& status);
+
 }  // namespace mmm
 
 #endif

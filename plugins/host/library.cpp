@@ -37,7 +37,7 @@ Failure Logger::failure(const std::string& what) const {
   return Failure(what + "\n  plugin: " + (last_.empty() ? "said nothing" : last_));
 }
 
-nvinfer1::IPluginCreatorV3One& load_creator(const std::string& path, Logger& logger) {
+nvinfer1::IPluginCreatorV3One& load_creator(const std::string& path, const std::string& name, Logger& logger) {
   // Without a slash the dynamic linker would search its own folders.
   const std::string file = path.find('/') == std::string::npos ? "./" + path : path;
   void* library = dlopen(file.c_str(), RTLD_NOW | RTLD_LOCAL);
@@ -47,8 +47,15 @@ nvinfer1::IPluginCreatorV3One& load_creator(const std::string& path, Logger& log
   int32_t count = 0;
   auto* const creators =
       function_of<nvinfer1::IPluginCreatorInterface* const*(int32_t&)>(library, path, "getCreators")(count);
-  if (count != 1) throw Failure(path + " has an unexpected number of creators", std::to_string(count), "1");
-  auto& creator = *static_cast<nvinfer1::IPluginCreatorV3One*>(creators[0]);
+  nvinfer1::IPluginCreatorV3One* found = nullptr;
+  std::string held;
+  for (int32_t i = 0; i < count; ++i) {
+    auto* const each = static_cast<nvinfer1::IPluginCreatorV3One*>(creators[i]);
+    held += (i > 0 ? ", " : "") + std::string(each->getPluginName());
+    if (name == each->getPluginName()) found = each;
+  }
+  if (found == nullptr) throw Failure(path + " holds no creator of " + name, held.empty() ? "none" : held, name);
+  nvinfer1::IPluginCreatorV3One& creator = *found;
   std::vector<std::string> names;
   for (int32_t i = 0; i < creator.getFieldNames()->nbFields; ++i) {
     names.push_back(creator.getFieldNames()->fields[i].name);

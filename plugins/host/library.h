@@ -23,10 +23,10 @@ class Logger final : public nvinfer1::ILogger {
   Severity last_severity_ = Severity::kVERBOSE;
 };
 
-// The one creator of the library at `path`, which is told to log to `logger`. Throws Failure when it cannot
-// be loaded, exports no getCreators or setLoggerFinder, or holds another number of creators. Never unloaded:
-// plugins may outlive every scope.
-nvinfer1::IPluginCreatorV3One& load_creator(const std::string& path, Logger& logger);
+// The creator of plugin `name` in the library at `path`, which is told to log to `logger`. Throws Failure when it cannot
+// be loaded, exports no getCreators or setLoggerFinder, or holds no such creator. Never unloaded: plugins may outlive every
+// scope.
+nvinfer1::IPluginCreatorV3One& load_creator(const std::string& path, const std::string& name, Logger& logger);
 
 }  // namespace mmm::host
 

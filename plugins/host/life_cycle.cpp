@@ -15,12 +15,7 @@ constexpr DataType kAllTypes[] = {DataType::kFLOAT, DataType::kHALF,  DataType::
                                   DataType::kINT8,  DataType::kINT32, DataType::kINT64,
                                   DataType::kBOOL,  DataType::kUINT8, DataType::kFP8};
 
-template <typename Capability>
-Capability& capability(IPluginV3& plugin, PluginCapabilityType type) {
-  IPluginCapability* found = plugin.getCapabilityInterface(type);
-  if (found == nullptr) throw Failure("the plugin lacks a capability");
-  return *static_cast<Capability*>(found);
-}
+}  // namespace
 
 std::unique_ptr<IPluginV3> create(IPluginCreatorV3One& creator, const Logger& logger,
                                   const std::vector<Field>& fields, TensorRTPhase phase) {
@@ -31,6 +26,8 @@ std::unique_ptr<IPluginV3> create(IPluginCreatorV3One& creator, const Logger& lo
   print_step(name, {{"fields", json(static_cast<int64_t>(fields.size()))}});
   return plugin;
 }
+
+namespace {
 
 void infer_outputs(IPluginV3OneBuild& plugin, const Logger& logger, Descriptions& tensors) {
   DataType inputs[kInputs], outputs[kOutputs];

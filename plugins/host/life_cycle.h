@@ -6,11 +6,23 @@
 #include <memory>
 #include <vector>
 
+#include "host/failure.h"
 #include "host/fields.h"
 #include "host/library.h"
 #include "host/tensors.h"
 
 namespace mmm::host {
+
+template <typename Capability>
+Capability& capability(nvinfer1::IPluginV3& plugin, nvinfer1::PluginCapabilityType type) {
+  nvinfer1::IPluginCapability* found = plugin.getCapabilityInterface(type);
+  if (found == nullptr) throw Failure("the plugin lacks a capability");
+  return *static_cast<Capability*>(found);
+}
+
+// A plugin of one phase. Throws Failure when the creator gives none.
+std::unique_ptr<nvinfer1::IPluginV3> create(nvinfer1::IPluginCreatorV3One& creator, const Logger& logger,
+                                            const std::vector<Field>& fields, nvinfer1::TensorRTPhase phase);
 
 // What an engine keeps of a built plugin.
 struct Built {

@@ -7,7 +7,9 @@
 #include "host/json_lines.h"
 #include "host/life_cycle.h"
 #include "host/options.h"
+#include "host/product.h"
 #include "host/run.h"
+#include "tensorrt/linear_plugin.h"
 
 namespace {
 
@@ -15,6 +17,11 @@ using namespace mmm::host;
 
 void drive(const Options& options) {
   static Logger logger;  // the library may log until the process ends
+  if (options.operator_name == mmm::tensorrt::kLinearName) {
+    drive_product(options, logger);
+    print_step("done", {});
+    return;
+  }
   const Inputs inputs = read_inputs(options.inputs, options.bfloat16);
   const std::vector<int64_t>& projected = inputs.arrays[mmm::tensorrt::kProjected].shape;
   if (projected.size() != 3) {
@@ -24,7 +31,7 @@ void drive(const Options& options) {
   const bool has_largest = options.largest.batch > 0 || options.largest.tokens > 0;
   const CallSize largest = has_largest ? options.largest : CallSize{projected[0], projected[1]};
 
-  nvinfer1::IPluginCreatorV3One& creator = load_creator(options.library, logger);
+  nvinfer1::IPluginCreatorV3One& creator = load_creator(options.library, options.operator_name, logger);
   const Built built = build(creator, logger, options.fields, inputs, largest);
   if (!options.serialize.empty()) write_fields(options.serialize, built.fields);
   Running plugin(creator, logger,

@@ -24,7 +24,8 @@ struct TypeRow {
 constexpr TypeRow kTypes[] = {{ElementType::kFloat32, "<f4", "float32", 4},
                               {ElementType::kFloat16, "<f2", "float16", 2},
                               {ElementType::kInt32, "<i4", "int32", 4},
-                              {ElementType::kUint16, "<u2", "uint16", 2}};
+                              {ElementType::kUint16, "<u2", "uint16", 2},
+                              {ElementType::kInt8, "|i1", "int8", 1}};
 
 const TypeRow& row_of(ElementType type) {
   return *std::find_if(std::begin(kTypes), std::end(kTypes),

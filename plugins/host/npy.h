@@ -10,7 +10,7 @@
 namespace mmm::host {
 
 // uint16 stands for bfloat16, which NumPy does not have.
-enum class ElementType { kFloat32, kFloat16, kInt32, kUint16 };
+enum class ElementType { kFloat32, kFloat16, kInt32, kUint16, kInt8 };
 
 struct Array {
   ElementType type = ElementType::kFloat32;

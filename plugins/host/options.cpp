@@ -5,6 +5,7 @@
 #include <cstdlib>
 
 #include "host/failure.h"
+#include "tensorrt/linear_plugin.h"
 
 namespace mmm::host {
 
@@ -13,7 +14,11 @@ const char kHelp[] = R"(usage: mmm_mini_host LIBRARY --inputs DIR --outputs DIR 
 Drive the plugin in LIBRARY through its whole life without TensorRT: build, serialize, load, attach, run.
 Inputs are the files projected.npy, lengths.npy, conv_state.npy, ssm_state.npy, conv_weight.npy,
 conv_bias.npy, dt_bias.npy, A_log.npy and norm_weight.npy of DIR; y.npy, conv_state_out.npy and
-ssm_state_out.npy are written. Each step is one JSON object on stdout.
+ssm_state_out.npy are written. Each step is one JSON object on stdout. With --operator MmmLinear the inputs are
+x.npy, weight.npy and, as the fields call for them, scales.npy, norm_weight.npy and residual.npy; the output is
+out.npy, and of the options below --split, --repeat, --in-place-state and --profile-max do not apply.
+
+  --operator NAME          MmmSelectiveScan or MmmLinear  [default: MmmSelectiveScan]
 
   --field NAME=TYPE:VALUE  an attribute of the node, such as heads=int32:4, eps=float32:1e-5 or
                            plugin_version=char:1; repeatable
@@ -78,6 +83,10 @@ void read_option(const std::string& option, Arguments& arguments, Options& optio
   const auto value = [&] { return arguments.value_of(option); };
   if (option == "--inputs") {
     options.inputs = value();
+  } else if (option == "--operator") {
+    options.operator_name = value();
+    if (options.operator_name != tensorrt::kName && options.operator_name != tensorrt::kLinearName)
+      throw Failure("option --operator has a wrong value", options.operator_name, "MmmSelectiveScan or MmmLinear");
   } else if (option == "--outputs") {
     options.outputs = value();
   } else if (option == "--field") {

@@ -12,7 +12,7 @@
 namespace mmm::host {
 
 struct Options {
-  std::string library, inputs, outputs;
+  std::string library, inputs, outputs, operator_name = "MmmSelectiveScan";
   std::vector<Field> fields;
   std::string serialize, deserialize;  // files; empty: none
   Device device = Device::kCpu;

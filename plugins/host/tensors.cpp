@@ -12,6 +12,7 @@ DataType data_type(ElementType type) {
     case ElementType::kFloat16: return DataType::kHALF;
     case ElementType::kInt32: return DataType::kINT32;
     case ElementType::kUint16: return DataType::kBF16;
+    case ElementType::kInt8: return DataType::kINT8;
   }
   throw Failure("an array has an unknown type");
 }
@@ -22,9 +23,10 @@ ElementType element_type(DataType type) {
     case DataType::kHALF: return ElementType::kFloat16;
     case DataType::kINT32: return ElementType::kInt32;
     case DataType::kBF16: return ElementType::kUint16;
+    case DataType::kINT8: return ElementType::kInt8;
     default:
       throw Failure("a tensor has a type that has no .npy form", type_name(type),
-                    "float32, float16, bfloat16 or int32");
+                    "float32, float16, bfloat16, int32 or int8");
   }
 }
 
@@ -43,15 +45,19 @@ const char* type_name(DataType type) {
   }
 }
 
+Array read_input(const std::string& path, bool bfloat16) {
+  Array array = read_npy(path);
+  if (array.type == ElementType::kUint16 && !bfloat16) {
+    throw Failure(path + " holds integers", "uint16", "a float type, or --bfloat16 if these are bfloat16 bits");
+  }
+  return array;
+}
+
 Inputs read_inputs(const std::string& folder, bool bfloat16) {
   Inputs inputs{{}, bfloat16};
   for (int32_t i = 0; i < kInputs; ++i) {
     const std::string path = folder + "/" + kTensorNames[i] + ".npy";
-    inputs.arrays.push_back(read_npy(path));
-    if (inputs.arrays.back().type == ElementType::kUint16 && !bfloat16) {
-      throw Failure(path + " holds integers", "uint16",
-                    "a float type, or --bfloat16 if these are bfloat16 bits");
-    }
+    inputs.arrays.push_back(read_input(path, bfloat16));
   }
   return inputs;
 }

@@ -26,6 +26,9 @@ struct Inputs {
   bool bfloat16 = false;
 };
 
+// One array. Throws Failure for a missing file, or for uint16 without `bfloat16`.
+Array read_input(const std::string& path, bool bfloat16);
+
 // The arrays NAME.npy of `folder`. Throws Failure for a missing file, or for uint16 without `bfloat16`.
 Inputs read_inputs(const std::string& folder, bool bfloat16);
 

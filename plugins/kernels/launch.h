@@ -14,7 +14,14 @@ struct Device {
   int major;  // compute capability
   int minor;
   int shared_memory_per_block;  // opt-in maximum, in bytes
+  int id;
 };
+
+// Properties of the current device, asked once for each.
+cudaError_t current_device(Device& device);
+
+// Write to `status` what `error`, of a launch on `device`, means. Returns its code.
+int32_t cuda_failed(mmm_status& status, cudaError_t error, const Device& device);
 
 cudaError_t launch_step(const mmm_scan_args& args, const Device& device);        // T == 1
 cudaError_t launch_sequential(const mmm_scan_args& args, const Device& device);  // any T >= 0

@@ -5,55 +5,10 @@
 namespace mmm {
 namespace {
 
-// Properties of the current device, asked once for each.
-cudaError_t current_device(Device& device) {
-  constexpr int kMost = 64;
-  static Device known[kMost];
-  static int ready[kMost];  // written after the entry, read before it
-  int id = 0;
-  cudaError_t error = cudaGetDevice(&id);
-  if (error != cudaSuccess) return error;
-  const bool cached = id >= 0 && id < kMost;
-  if (cached && __atomic_load_n(&ready[id], __ATOMIC_ACQUIRE)) {
-    device = known[id];
-    return cudaSuccess;
-  }
-  const struct {
-    int* value;
-    cudaDeviceAttr attribute;
-  } asked[] = {{&device.multiprocessors, cudaDevAttrMultiProcessorCount},
-               {&device.major, cudaDevAttrComputeCapabilityMajor},
-               {&device.minor, cudaDevAttrComputeCapabilityMinor},
-               {&device.shared_memory_per_block, cudaDevAttrMaxSharedMemoryPerBlockOptin}};
-  for (const auto& one : asked)
-    if ((error = cudaDeviceGetAttribute(one.value, one.attribute, id)) != cudaSuccess) return error;
-  if (cached) {
-    known[id] = device;  // racing threads write the same values
-    __atomic_store_n(&ready[id], 1, __ATOMIC_RELEASE);
-  }
-  return cudaSuccess;
-}
-
 // A strided view that 16-byte loads can walk.
 bool rows_are_aligned(const mmm_scan_args& args) {
   const bool batch = args.shape.batch <= 1 || args.projected_batch_stride % 8 == 0;
   return reinterpret_cast<uintptr_t>(args.projected) % 16 == 0 && args.projected_token_stride % 8 == 0 && batch;
-}
-
-int32_t cuda_failed(mmm_status& status, cudaError_t error, const Device& device) {
-  switch (error) {
-    case cudaErrorNoDevice:
-    case cudaErrorInsufficientDriver:
-      return fail(status, MMM_WRONG_DEVICE, "no CUDA device: %s", cudaGetErrorString(error));
-    case cudaErrorNoKernelImageForDevice:
-    case cudaErrorInvalidDeviceFunction:
-      return fail(status, MMM_WRONG_DEVICE,
-                  "the device is sm_%d%d, this library was built for %s; build it for this device: "
-                  "mmm-export plugins build --cuda-arch %d%d",
-                  device.major, device.minor, MMM_ARCHITECTURES, device.major, device.minor);
-    default:
-      return fail(status, MMM_CUDA_ERROR, "CUDA refused the launch: %s (%s)", cudaGetErrorString(error), cudaGetErrorName(error));
-  }
 }
 
 mmm_method method_of(const mmm_scan_args& args) {

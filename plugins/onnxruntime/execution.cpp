@@ -1,8 +1,15 @@
 #include "onnxruntime/execution.h"
 
+#include <algorithm>
+
 #include "abi/backend.h"
 #include "abi/check.h"
 #include "cpu/reference.h"
+#include "onnxruntime/cublas.h"
+
+#ifndef MMM_WITH_CUDA
+#define MMM_WITH_CUDA 0
+#endif
 
 namespace mmm::ort {
 namespace {
@@ -61,28 +68,74 @@ class Workspace {
   void* data_ = nullptr;
 };
 
-void run_on_cuda(const OrtApi& api, OrtKernelContext* context, const OrtValue* input, mmm_scan_args& args) {
+// The same for products, by blocks of columns.
+void run_on_cpu(const OrtApi& api, OrtKernelContext* context, const mmm_linear_args& args) {
+  mmm_status status{};
+  check_status(api, check_shape(args.shape, status), status, kLinearName);
+  check_status(api, check_arguments(args, 0, status), status, kLinearName);
+  if (args.shape.tokens == 0) return;
+  const auto run_block = [](void* data, size_t i) {
+    const mmm_linear_args& shared = *static_cast<const mmm_linear_args*>(data);
+    const int64_t first = static_cast<int64_t>(i) * kLinearColumns;
+    linear_columns_cpu(shared, first, std::min(first + kLinearColumns, linear_columns(shared.shape)));
+  };
+  const size_t blocks = static_cast<size_t>((linear_columns(args.shape) + kLinearColumns - 1) / kLinearColumns);
+  constexpr size_t kAsManyAsThreads = 0;
+  check(api.KernelContext_ParallelFor(context, run_block, blocks, kAsManyAsThreads,
+                                      const_cast<mmm_linear_args*>(&args)));
+}
+
+template <class Args, class Query, class Call>
+void run_on_cuda(const OrtApi& api, OrtKernelContext* context, const OrtValue* input, Args& args,
+                 const char* name, Query query, Call call) {
   mmm_status status{};
   check(api.KernelContext_GetGPUComputeStream(context, &args.stream));
-  check_status(api, mmm_selective_scan_workspace(&args.shape, &args.workspace_bytes, &status), status);
+  check_status(api, query(&args.shape, &args.workspace_bytes, &status), status, name);
   if (args.workspace_bytes == 0) {
-    check_status(api, mmm_selective_scan(&args, &status), status);
+    check_status(api, call(&args, &status), status, name);
     return;
   }
   const Workspace workspace(api, context, input, args.workspace_bytes);
   args.workspace = workspace.data();
-  check_status(api, mmm_selective_scan(&args, &status), status);
+  check_status(api, call(&args, &status), status, name);
 }
 
 }  // namespace
 
-void check_status(const OrtApi& api, int32_t code, const mmm_status& status) {
-  if (code != MMM_OK) fail(api, code_of(code), status.text);
+void check_status(const OrtApi& api, int32_t code, const mmm_status& status, const char* name) {
+  if (code != MMM_OK) fail(api, code_of(code), status.text, name);
 }
 
 void run_scan(const OrtApi& api, OrtKernelContext* context, const OrtValue* input, mmm_scan_args& args) {
   if (args.shape.device == MMM_CUDA) {
-    run_on_cuda(api, context, input, args);
+    run_on_cuda(api, context, input, args, kScanName, mmm_selective_scan_workspace, mmm_selective_scan);
+  } else {
+    run_on_cpu(api, context, args);
+  }
+}
+
+void run_linear(const OrtApi& api, OrtKernelContext* context, const OrtValue* input, mmm_linear_args& args) {
+#if MMM_WITH_CUDA
+  Cublas cublas;
+  const mmm_linear_shape& shape = args.shape;
+  if (shape.device == MMM_CUDA && shape.weight_format == MMM_WEIGHT_PLAIN && shape.tokens >= kCublasTokens &&
+      (shape.epilogue != MMM_EPILOGUE_SILU || linear_columns(shape) % 8 == 0) && cublas.open(api, context)) {
+    const auto query = [&](const mmm_linear_shape* s, uint64_t* bytes, mmm_status* status) {
+      uint64_t least = 0;
+      const int32_t code = mmm_linear_workspace(s, &least, status);  // checks the shape
+      *bytes = linear_workspace_cuda(*s, cublas);
+      return code;
+    };
+    const auto call = [&](const mmm_linear_args* a, mmm_status* status) {
+      const int32_t code = check_arguments(*a, a->workspace_bytes, *status);
+      return code != MMM_OK ? code : linear_cuda(*a, cublas, *status);
+    };
+    run_on_cuda(api, context, input, args, kLinearName, query, call);
+    return;
+  }
+#endif
+  if (args.shape.device == MMM_CUDA) {
+    run_on_cuda(api, context, input, args, kLinearName, mmm_linear_workspace, mmm_linear);
   } else {
     run_on_cpu(api, context, args);
   }

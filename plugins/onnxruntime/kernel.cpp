@@ -1,8 +1,8 @@
 #include "onnxruntime/kernel.h"
 
-#include <limits>
 #include <string>
 
+#include "onnxruntime/attributes.h"
 #include "onnxruntime/execution.h"
 
 namespace mmm::ort {
@@ -10,65 +10,12 @@ namespace {
 
 constexpr int32_t kAnyConvWidth = 2;  // to check the other sizes with
 
-class Attributes {
- public:
-  Attributes(const OrtApi& api, const OrtKernelInfo* info) : api_(api), info_(info) {}
-
-  int32_t integer(const char* name) const {
-    int64_t value = 0;
-    found(api_.KernelInfoGetAttribute_int64(info_, name, &value), name);
-    if (value < 1 || value > std::numeric_limits<int32_t>::max()) {
-      fail(api_, ORT_INVALID_ARGUMENT,
-           std::string("attribute ") + name + " is " + std::to_string(value) + "; it counts something");
-    }
-    return static_cast<int32_t>(value);
-  }
-
-  float number(const char* name) const {
-    float value = 0;
-    found(api_.KernelInfoGetAttribute_float(info_, name, &value), name);
-    return value;
-  }
-
-  std::string text(const char* name) const {
-    size_t bytes = 0;  // with the zero at the end
-    found(api_.KernelInfoGetAttribute_string(info_, name, nullptr, &bytes), name);
-    std::string value(bytes, '\0');
-    found(api_.KernelInfoGetAttribute_string(info_, name, value.data(), &bytes), name);
-    return value.substr(0, value.find('\0'));
-  }
-
- private:
-  // ONNX Runtime's own sentence names neither the operator nor what to do.
-  void found(OrtStatus* status, const char* name) const {
-    if (status == nullptr) return;
-    api_.ReleaseStatus(status);
-    fail(api_, ORT_INVALID_ARGUMENT,
-         std::string("attribute ") + name + " is missing or of another type; export the bundle again");
-  }
-
-  const OrtApi& api_;
-  const OrtKernelInfo* info_;
-};
-
-int32_t size_of(const OrtApi& api, const char* what, int64_t value) {
-  if (value < 0 || value > std::numeric_limits<int32_t>::max()) {
-    fail(api, ORT_INVALID_ARGUMENT, std::string(what) + " is " + std::to_string(value));
-  }
-  return static_cast<int32_t>(value);
-}
-
 }  // namespace
 
 Kernel::Kernel(const OrtApi& api, const OrtKernelInfo* info, mmm_dtype io_dtype, mmm_device device)
     : api_(api) {
-  const Attributes attributes(api, info);
-  const std::string version = attributes.text("plugin_version");
-  if (version != kPluginVersion) {
-    fail(api, ORT_INVALID_ARGUMENT,
-         "the node has plugin_version \"" + version + "\" and this library computes \"" + kPluginVersion +
-             "\"; use the mmm-export that wrote the bundle, or export it again");
-  }
+  const Attributes attributes(api, info, kScanName);
+  attributes.check_version(kPluginVersion);
   shape_.abi_version = MMM_ABI_VERSION;
   shape_.device = device;
   shape_.io_dtype = io_dtype;

@@ -5,6 +5,7 @@
 #include <mutex>
 #include <string>
 
+#include "onnxruntime/linear_operator.h"
 #include "onnxruntime/operator.h"
 #include "onnxruntime/signature.h"
 
@@ -19,7 +20,8 @@ constexpr mmm_dtype kIoTypes[] = {MMM_FLOAT32, MMM_FLOAT16, MMM_BFLOAT16};
 
 // The operators of one ONNX Runtime; a process may have loaded several.
 struct Registration {
-  std::list<Operator> operators;  // a list, so that they stay where they are
+  std::list<Operator> operators;  // lists, so that they stay where they are
+  std::list<LinearOperator> linear_operators;
   OrtCustomOpDomain* domain = nullptr;
 };
 
@@ -32,12 +34,16 @@ const Registration& registration_of(const OrtApi& api) {
   if (found.domain != nullptr) return found;
   OrtCustomOpDomain* domain = nullptr;
   check(api.CreateCustomOpDomain(kDomain, &domain));
+  const auto add = [&](auto& operators, mmm_dtype type, mmm_device device) {
+    operators.emplace_back(api, type, device);
+    check(api.CustomOpDomain_Add(domain, &operators.back()));
+  };
   for (const mmm_dtype type : kIoTypes) {
-    found.operators.emplace_back(api, type, MMM_CPU);
-    check(api.CustomOpDomain_Add(domain, &found.operators.back()));
+    add(found.operators, type, MMM_CPU);
+    add(found.linear_operators, type, MMM_CPU);
 #if MMM_WITH_CUDA
-    found.operators.emplace_back(api, type, MMM_CUDA);
-    check(api.CustomOpDomain_Add(domain, &found.operators.back()));
+    add(found.operators, type, MMM_CUDA);
+    if (type != MMM_FLOAT32) add(found.linear_operators, type, MMM_CUDA);  // the one without a kernel
 #endif
   }
   found.domain = domain;

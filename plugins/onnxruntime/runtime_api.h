@@ -26,8 +26,11 @@ inline void check(OrtStatus* status) {
   if (status != nullptr) throw Failure{status};
 }
 
-[[noreturn]] inline void fail(const OrtApi& api, OrtErrorCode code, const std::string& text) {
-  throw Failure{api.CreateStatus(code, ("mmm::MmmSelectiveScan: " + text).c_str())};
+constexpr char kScanName[] = "mmm::MmmSelectiveScan", kLinearName[] = "mmm::MmmLinear";
+
+[[noreturn]] inline void fail(const OrtApi& api, OrtErrorCode code, const std::string& text,
+                              const char* name = kScanName) {
+  throw Failure{api.CreateStatus(code, (std::string(name) + ": " + text).c_str())};
 }
 
 // Run `body` and turn what it throws into a status.

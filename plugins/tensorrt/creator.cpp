@@ -3,6 +3,7 @@
 #include <new>
 
 #include "mmm/kernels.h"
+#include "tensorrt/linear_plugin.h"
 #include "tensorrt/log.h"
 #include "tensorrt/plugin.h"
 
@@ -26,8 +27,9 @@ nvinfer1::IPluginV3* SelectiveScanCreator::createPlugin(const nvinfer1::AsciiCha
 
 namespace {
 
-SelectiveScanCreator creator;
-nvinfer1::IPluginCreatorInterface* creators[] = {&creator};
+SelectiveScanCreator scan_creator;
+LinearCreator linear_creator;
+nvinfer1::IPluginCreatorInterface* creators[] = {&scan_creator, &linear_creator};
 
 }  // namespace
 

@@ -40,9 +40,25 @@ constexpr FieldRow kFieldRows[] = {
 };
 constexpr int32_t kFieldCount = sizeof kFieldRows / sizeof kFieldRows[0];
 
-// Read `collection` into `fields`. Fields that are absent keep their value, unknown ones are ignored. Returns
-// false, after logging why, for a field of another type or length, another plugin_version, or sizes that no
-// kernel takes.
+// The fields of an operator, whose kConstant row holds `version`.
+struct FieldTable {
+  const char* operator_name;
+  const char* version;
+  const FieldRow* rows;
+  int32_t count;
+};
+
+constexpr FieldTable kFieldTable = {kName, kVersion, kFieldRows, kFieldCount};
+
+// Read `collection` into the struct `fields` of `table`. Fields that are absent keep their value, unknown ones are ignored. Returns
+// false, after logging why, for a field of another type or length, or another plugin_version.
+bool read_table(const FieldTable& table, const char* layer, const nvinfer1::PluginFieldCollection* collection,
+                void* fields) noexcept;
+
+// Write the fields of the struct `fields` to `rows`, of table.count entries, in TensorRT's form.
+void write_table(const FieldTable& table, const void* fields, nvinfer1::PluginField* rows) noexcept;
+
+// Read and check the scan's fields: false as well, after logging why, for sizes that no kernel takes.
 bool read_fields(const char* layer, const nvinfer1::PluginFieldCollection* collection,
                  Fields& fields) noexcept;
 

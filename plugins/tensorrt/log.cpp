@@ -20,19 +20,34 @@ nvinfer1::ILogger* find_logger() {
 
 void set_logger_finder(nvinfer1::ILoggerFinder* finder) noexcept { logger_finder.store(finder); }
 
-void log_error(const char* layer, const char* format, ...) noexcept {
+namespace {
+
+void log_message(const char* name, const char* layer, const char* format, va_list values) {
   char message[640];
-  const char* name = layer != nullptr ? layer : "";
-  const int start = std::snprintf(message, sizeof message, "%s%s%.120s: ", kName, *name ? " " : "", name);
-  va_list values;
-  va_start(values, format);
+  const char* shown = layer != nullptr ? layer : "";
+  const int start = std::snprintf(message, sizeof message, "%s%s%.120s: ", name, *shown ? " " : "", shown);
   std::vsnprintf(message + start, sizeof message - start, format, values);
-  va_end(values);
   if (nvinfer1::ILogger* logger = find_logger()) {
     logger->log(nvinfer1::ILogger::Severity::kERROR, message);
   } else {
     std::fprintf(stderr, "error: %s\n", message);
   }
+}
+
+}  // namespace
+
+void log_operator_error(const char* name, const char* layer, const char* format, ...) noexcept {
+  va_list values;
+  va_start(values, format);
+  log_message(name, layer, format, values);
+  va_end(values);
+}
+
+void log_error(const char* layer, const char* format, ...) noexcept {
+  va_list values;
+  va_start(values, format);
+  log_message(kName, layer, format, values);
+  va_end(values);
 }
 
 }  // namespace mmm::tensorrt

@@ -10,7 +10,11 @@ namespace mmm::tensorrt {
 // loads the library.
 void set_logger_finder(nvinfer1::ILoggerFinder* finder) noexcept;
 
-// Log an error of the layer `layer`, which may be null.
+// Log an error of the layer `layer`, which may be null, of the operator `name`.
+[[gnu::format(printf, 3, 4)]] void log_operator_error(const char* name, const char* layer, const char* format,
+                                                      ...) noexcept;
+
+// Log an error of the scan's layer `layer`, which may be null.
 [[gnu::format(printf, 2, 3)]] void log_error(const char* layer, const char* format, ...) noexcept;
 
 }  // namespace mmm::tensorrt

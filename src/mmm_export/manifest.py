@@ -54,7 +54,8 @@ class Manifest:
     """Content of a bundle's manifest.json.
 
     `max_tokens` is the KV cache capacity of a model with attention layers, 0 without. `environment` names variables that a
-    runtime needs before it loads the graphs. `findings` are the checkpoint's contradictions and what was assumed instead.
+    runtime needs before it loads the graphs. `needs_kernels` says that graphs hold operators that only our library computes.
+    `findings` are the checkpoint's contradictions and what was assumed instead.
     """
 
     model: ModelSpec
@@ -70,6 +71,7 @@ class Manifest:
     tools: dict[str, str]
     environment: dict[str, str] = dataclasses.field(default_factory=dict)
     findings: tuple[str, ...] = ()
+    needs_kernels: bool = False
 
     @property
     def model_sha256(self) -> str:
@@ -79,6 +81,8 @@ class Manifest:
 
     def to_json(self) -> dict[str, Any]:
         data = dataclasses.asdict(self)
+        if not self.needs_kernels:
+            del data["needs_kernels"]  # so that earlier versions read what they can run
         return {"schema": SCHEMA, "kind": "bundle", **data}
 
     @classmethod

@@ -30,6 +30,7 @@ IMAGE_TOKEN = "<IMG_CONTEXT>"  # one for every vector of an image
 
 OP_DOMAIN = "mmm"
 OP_NAME = "MmmSelectiveScan"
+LINEAR_OP = "MmmLinear"  # in bundles exported with --fuse
 
 PIXEL_VALUES = "pixel_values"  # (tiles, 3, S, S) float32
 IMAGE_FEATURES = "image_features"  # (image tokens, hidden)

@@ -11,6 +11,8 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "export": ("torch", "onnx", "onnx_ir", "onnxscript", "matplotlib"),
     "demo": ("skimage",),
     "trt": ("onnx", "onnx_ir", "elftools"),
+    "distill": ("torch", "ruamel"),
+    "tensorboard": ("tensorboard",),
     "bench": ("matplotlib",),
     "plugins": ("elftools",),
 }

@@ -15,13 +15,14 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "src" / "mmm_export"
 LINKS = {
     "cli.py": "../../cli.py",
+    "distillation": "../../distillation",
     "exporter": "../../exporter",
     "model": "../../model",
     "plugins": "../../plugins",
     "runtime": "../../runtime",
 }
 TOP_LEVEL = {
-    *("benchmarks", "docs", "exporter", "model", "plugins", "runtime", "scripts", "src", "tests"),
+    *("benchmarks", "distillation", "docs", "exporter", "model", "plugins", "runtime", "scripts", "src", "tests"),
     *("cli.py", "pyproject.toml", "constraints.txt", "Makefile", "LICENSE"),
     *("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md"),
     *(".ci", ".gitignore", ".pre-commit-config.yaml"),
@@ -70,6 +71,11 @@ VIOLATIONS = {
         "import mmm_export.exporter.trace\n",
         "Stages meet only through files",
     ),
+    "distillation imports exporter": (
+        "distillation/stage.py",
+        "import mmm_export.exporter.trace\n",
+        "Stages meet only through files",
+    ),
     "shared code imports a stage": (
         "src/mmm_export/names.py",
         "import mmm_export.model.scan\n",
@@ -79,7 +85,7 @@ VIOLATIONS = {
 
 
 def copy_of_sources(folder: Path) -> Path:
-    for name in ("src", "exporter", "model", "plugins", "runtime"):
+    for name in ("src", "distillation", "exporter", "model", "plugins", "runtime"):
         shutil.copytree(ROOT / name, folder / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("cli.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, folder / name)
@@ -134,6 +140,7 @@ def test_wheel_holds_real_files_under_one_name(tmp_path: Path) -> None:
     assert sources <= set(names)
     assert "mmm_export/cli.py" in names
     assert "mmm_export/py.typed" in names
+    assert "mmm_export/distillation/recipes/mmmamba-linear.yaml" in names
     assert any(name.endswith("LICENSE") for name in names)
     with zipfile.ZipFile(wheel) as archive:
         entry = next(name for name in names if name.endswith("entry_points.txt"))

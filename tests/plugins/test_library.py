@@ -22,8 +22,21 @@ from mmm_export.plugins.library import KernelLibrary, load_library
 
 PLUGINS = Path(__file__).parents[2] / "plugins"
 HEADER = PLUGINS / "include" / "mmm" / "kernels.h"
-STRUCTS = {"mmm_status": view.Status, "mmm_scan_shape": view.ScanShape, "mmm_scan_args": view.ScanArguments}
-ENUMS = {"mmm_code": view.Code, "mmm_dtype": view.DType, "mmm_device": view.Device, "mmm_method": view.Method}
+STRUCTS = {
+    "mmm_status": view.Status,
+    "mmm_scan_shape": view.ScanShape,
+    "mmm_scan_args": view.ScanArguments,
+    "mmm_linear_shape": view.LinearShape,
+    "mmm_linear_args": view.LinearArguments,
+}
+ENUMS = {
+    "mmm_code": (view.Code, "MMM_"),
+    "mmm_dtype": (view.DType, "MMM_"),
+    "mmm_device": (view.Device, "MMM_"),
+    "mmm_method": (view.Method, "MMM_"),
+    "mmm_weight_format": (view.WeightFormat, "MMM_WEIGHT_"),
+    "mmm_epilogue": (view.Epilogue, "MMM_EPILOGUE_"),
+}
 
 needs_compiler = pytest.mark.skipif(shutil.which("gcc") is None, reason="needs gcc")
 WARNINGS = ("-Wall", "-Wextra", "-Werror")
@@ -54,16 +67,18 @@ def test_structs_have_the_size_and_the_fields_of_the_header(tmp_path: Path) -> N
         wanted += " ".join(map(str, [name, ctypes.sizeof(struct), *offsets])) + "\n"
     assert found == wanted
     assert ctypes.sizeof(view.ScanShape) == 52  # as the header says
+    assert ctypes.sizeof(view.LinearShape) == 48
 
 
 def test_no_number_of_the_header_is_missing_or_different() -> None:
     text = re.sub(r"/\*.*?\*/", "", HEADER.read_text(), flags=re.DOTALL)
-    for name, enum in ENUMS.items():
+    for name, (enum, prefix) in ENUMS.items():
         body = re.search(rf"typedef enum {name} {{(.*?)}}", text, re.DOTALL)
         assert body, name
         found = {key: int(number) for key, number in re.findall(r"(MMM_\w+) = (\d+)", body[1])}
-        assert found == {f"MMM_{member.name.removeprefix('MMM_')}": int(member) for member in enum}
+        assert found == {f"{prefix}{member.name.removeprefix('MMM_')}": int(member) for member in enum}
     assert f"#define MMM_ABI_VERSION {view.ABI_VERSION}\n" in text
+    assert f"#define MMM_INT4_GROUP {view.INT4_GROUP} " in HEADER.read_text()
     assert f"#define MMM_STATUS_TEXT_BYTES {view.STATUS_TEXT_BYTES}\n" in text
     for name, struct in STRUCTS.items():
         body = re.search(rf"typedef struct {name} {{(.*?)}}", text, re.DOTALL)
@@ -93,7 +108,7 @@ def test_the_build_is_described(kernels: KernelLibrary) -> None:
 
 
 def test_the_cpu_needs_no_workspace(kernels: KernelLibrary) -> None:
-    assert kernels.workspace_bytes(view.ScanShape(1, 0, 0, 0, 8, 4096, 16, 8, 128, 128, 2, 1e-5, 0)) == 0
+    assert kernels.workspace_bytes(view.ScanShape(view.ABI_VERSION, 0, 0, 0, 8, 4096, 16, 8, 128, 128, 2, 1e-5, 0)) == 0
 
 
 def test_loading_a_library_loads_no_torch() -> None:
@@ -181,7 +196,7 @@ def test_a_library_for_another_processor_is_named(tmp_path: Path, kernel_folder:
 
 def test_a_refusal_names_the_library_the_code_and_the_reason(kernels: KernelLibrary) -> None:
     with pytest.raises(KernelError) as error:
-        kernels.workspace_bytes(view.ScanShape(1, 0, 0, 0, 1, 1, 1, 1, 96, 200, 2, 1e-5, 0))
+        kernels.workspace_bytes(view.ScanShape(view.ABI_VERSION, 0, 0, 0, 1, 1, 1, 1, 96, 200, 2, 1e-5, 0))
     assert error.value.what == (
         "libmmm_kernels.so refused a selective scan (MMM_UNSUPPORTED): "
         "state_dim 200 has no kernel; built for 16, 32, 48, 64, 80, 96, 112, 128"
@@ -233,21 +248,27 @@ def test_bfloat16_as_bits_gives_the_bits_of_bfloat16(kernels: KernelLibrary) -> 
 
 @needs_compiler
 @pytest.mark.slow
-def test_no_access_leaves_its_array_and_nothing_is_undefined(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("source", "calls"),
+    [
+        ("odd_shapes.cpp", len(list(itertools.product(range(4), range(4), range(2), range(7), range(2))))),
+        ("odd_products.cpp", 3 * 3 * 2 * 4 * 3 * (4 + 4 + 2)),  # two of the four widths are whole INT4 groups
+    ],
+)
+def test_no_access_leaves_its_array_and_nothing_is_undefined(tmp_path: Path, source: str, calls: int) -> None:
     sources = [*sorted(PLUGINS.glob("abi/*.cpp")), *sorted(PLUGINS.glob("cpu/*.cpp"))]
-    program = tmp_path / "odd_shapes"
+    program = tmp_path / "odd"
     subprocess.run(
         [
             *("g++", "-std=c++17", "-O1", "-g", *WARNINGS, "-fsanitize=address,undefined", "-fno-sanitize-recover=all"),
-            *(f"-I{PLUGINS}", f"-I{PLUGINS / 'include'}", str(Path(__file__).parent / "odd_shapes.cpp")),
+            *(f"-I{PLUGINS}", f"-I{PLUGINS / 'include'}", str(Path(__file__).parent / source)),
             *(*map(str, sources), "-o", str(program)),
         ],
         check=True,
     )
     done = subprocess.run([str(program)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
-    calls = json.loads(done.stdout)["calls"]
-    assert calls == len(list(itertools.product(range(4), range(4), range(2), range(7), range(2))))
+    assert json.loads(done.stdout)["calls"] == calls
 
 
 HALF = r"""

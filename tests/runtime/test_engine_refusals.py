@@ -139,7 +139,7 @@ def test_engine_for_another_gpu_names_both(engine: Path, machine: FakeMachine) -
     ("change", "told"),
     [
         ({"sha256": "f" * 64}, "was changed"),
-        ({"abi": 2}, "kernel interface 2"),
+        ({"abi": 9}, "kernel interface 9"),
         ({"machine": "riscv64"}, "riscv64"),
         ({"architectures": (86, 90)}, "SM 8.6, SM 9.0"),
         ({"architectures": ()}, "a CPU alone"),

@@ -18,6 +18,7 @@ from mmm_export.exporter.trt.engine import PluginChoice, build_engine
 from mmm_export.exporter.trt.planning import EngineOptions, plan_engine
 from mmm_export.exporter.trt.profiles import ProfileOptions
 from mmm_export.manifest import file_info
+from mmm_export.plugin_files import KERNEL_ABI
 from mmm_export.runtime import Session
 from mmm_export.runtime.tensorrt.backend import engine_shapes
 
@@ -46,7 +47,9 @@ def test_session_takes_the_folder_of_the_build(
     bundle = tiny_bundle(kind)
     library = tmp_path / "libplugin.so"
     library.write_bytes(b"library")
-    plugin = PluginChoice(library, PluginInfo("", False, True, file_info(library).sha256, 1, "0.1", "aarch64", (87,)))
+    plugin = PluginChoice(
+        library, PluginInfo("", False, True, file_info(library).sha256, KERNEL_ABI, "0.1", "aarch64", (87,))
+    )
     stand_in(version)
     options = EngineOptions(
         target="orin-jp62" if version.startswith("10.3") else "orin-jp72",

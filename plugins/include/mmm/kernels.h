@@ -1,6 +1,6 @@
 /*
- * The selective-scan kernels of mmm-export, as a C interface: C99 and C++17, plain data, no allocation, no synchronisation,
- * no exception. Everything between the two matrix products of a Mamba-2 layer is one call:
+ * The kernels of mmm-export, as a C interface: C99 and C++17, plain data, no allocation, no synchronisation, no exception. The
+ * matrix products of a decode step are one call each, see mmm_linear_shape; everything between those of a Mamba-2 layer is another:
  *
  *     conv      u_t = silu(bias + sum_i weight_i raw_{t-K+1+i})        over the C channels [v | k | q]
  *     delta     d_t = softplus(dt_t + dt_bias)                          per head
@@ -22,7 +22,7 @@ extern "C" {
 #endif
 
 /* Raised whenever a struct or the meaning of a field changes. Every loader compares it with mmm_abi_version(). */
-#define MMM_ABI_VERSION 1
+#define MMM_ABI_VERSION 2
 
 #if defined(_WIN32)
 #define MMM_API __declspec(dllexport)
@@ -109,10 +109,68 @@ typedef struct mmm_scan_args {
   void* stream;              /* cudaStream_t; ignored on the CPU */
 } mmm_scan_args;
 
+/*
+ * The matrix products around the scan: out = epilogue(x W^T), with x (M, K) and a weight of N rows of K inputs each, and, if asked
+ * for, an RMS norm of x first: x_k = round(round(x_k / sqrt(mean(x^2) + eps)) * norm_weight_k), rounded to io_dtype as written.
+ * Sums are float32. Made for M = 1..8, a decode step, where a call costs the bytes of its weight; right for every M.
+ */
+
+/* How a weight lies in memory. Rows are contiguous, row after row. */
+typedef enum mmm_weight_format {
+  MMM_WEIGHT_PLAIN = 0, /* (N, K) io_dtype; no scales */
+  MMM_WEIGHT_INT8 = 1,  /* (N, K) int8, scales (N,) float32: w = scale[n] * q[n][k] */
+  MMM_WEIGHT_INT4 = 2   /* (N, K/2) bytes, the low nibble first: byte b holds k = 2b in its bits 0..3 and k = 2b+1 in its bits 4..7,
+                           each as q + 8 with q in -8..7; scales (N, K/128): w = scale[n][k/128] * q[n][k] */
+} mmm_weight_format;
+
+#define MMM_INT4_GROUP 128 /* inputs that share a scale */
+
+/* What becomes of the sums. */
+typedef enum mmm_epilogue {
+  MMM_EPILOGUE_NONE = 0,     /* out (M, N) = sums */
+  MMM_EPILOGUE_RESIDUAL = 1, /* out (M, N) = residual + sums */
+  MMM_EPILOGUE_SILU = 2      /* the weight is [gate | up], N/2 rows each: out (M, N/2) = silu(gate) * up */
+} mmm_epilogue;
+
+/* Sizes and types of a product. 48 bytes of plain data. */
+typedef struct mmm_linear_shape {
+  int32_t abi_version;   /* MMM_ABI_VERSION */
+  int32_t device;        /* mmm_device */
+  int32_t io_dtype;      /* mmm_dtype of x, norm_weight, residual and a plain weight; float32 on the CPU only */
+  int32_t out_dtype;     /* mmm_dtype of out: io_dtype, or float32 (logits) */
+  int32_t weight_format; /* mmm_weight_format */
+  int32_t scale_dtype;   /* mmm_dtype of scales: float32 for INT8, float16 or bfloat16 for INT4; not looked at for a plain weight */
+  int32_t epilogue;      /* mmm_epilogue */
+  int32_t normalise;     /* 1: RMS norm of x first; 0: x as it is */
+  int32_t tokens;        /* M >= 0, rows of x, of whatever sequences */
+  int32_t outputs;       /* N >= 1, rows of the weight; even for MMM_EPILOGUE_SILU */
+  int32_t inputs;        /* K >= 1; a multiple of 128 for INT4, on CUDA of 16 */
+  float eps;             /* of the RMS norm, > 0; not looked at without it */
+} mmm_linear_shape;
+
+/* One product. On CUDA all pointers are device memory and everything is enqueued on `stream`; on the CPU it is host memory. */
+typedef struct mmm_linear_args {
+  mmm_linear_shape shape;
+  int32_t variant; /* 0: chosen by the device. Others are for tests and tuning, see linear.cu */
+  int32_t overlap; /* 1: promise that the kernel before this one on the stream writes neither weight, scales nor norm_weight, so that
+                      on sm_90 and newer they may be read while it still runs (programmatic dependent launch) */
+  const void* x;           /* (M, K) io_dtype, 16-byte aligned */
+  int64_t x_stride;        /* elements from row to row, >= K; on CUDA a multiple of 8 */
+  const void* weight;      /* see mmm_weight_format; 16-byte aligned */
+  const void* scales;      /* see mmm_weight_format; 16-byte aligned; NULL for a plain weight */
+  const void* norm_weight; /* (K,) io_dtype, 16-byte aligned; NULL unless normalise */
+  const void* residual;    /* (M, N) io_dtype, contiguous, 16-byte aligned; NULL unless MMM_EPILOGUE_RESIDUAL */
+  void* out;               /* (M, N) or (M, N/2) out_dtype, contiguous, 16-byte aligned; may be residual itself where the types are equal
+                              (updates in place), else it overlaps nothing */
+  void* workspace;         /* device memory, 256-byte aligned; may be NULL when mmm_linear_workspace gives 0 */
+  uint64_t workspace_bytes;
+  void* stream;            /* cudaStream_t; ignored on the CPU */
+} mmm_linear_args;
+
 /* The MMM_ABI_VERSION that the library was built with. */
 MMM_API int32_t mmm_abi_version(void);
 
-/* One line of JSON: {"version": ..., "abi": 1, "cuda": "13.0" or null, "architectures": [87, 90], "compiler": ...}. Static memory. */
+/* One line of JSON: {"version": ..., "abi": 2, "cuda": "13.0" or null, "architectures": [87, 90], "compiler": ...}. Static memory. */
 MMM_API const char* mmm_build_info(void);
 
 /*
@@ -126,6 +184,12 @@ MMM_API int32_t mmm_selective_scan_workspace(const mmm_scan_shape* shape, uint64
  * Returns the code that it also writes to `status`, which may be NULL. Nothing is written unless it returns MMM_OK.
  */
 MMM_API int32_t mmm_selective_scan(const mmm_scan_args* args, mmm_status* status);
+
+/* Bytes of workspace for `shape`, as mmm_selective_scan_workspace: never fewer for more tokens, and the same on every device. */
+MMM_API int32_t mmm_linear_workspace(const mmm_linear_shape* shape, uint64_t* bytes, mmm_status* status);
+
+/* Run (CPU) or enqueue (CUDA) one product, with the promises of mmm_selective_scan. */
+MMM_API int32_t mmm_linear(const mmm_linear_args* args, mmm_status* status);
 
 #ifdef __cplusplus
 }
