@@ -147,7 +147,6 @@ RENDERERS: dict[str, Callable[[Results], str]] = {
     "cpu-export": export_table,
     "cpu-kernels": cpu_kernels_table,
     "cpu-runtime-memory": memory_table,
-    "h200-kernels": kernels_table,
     "rtx-engines": engines_table,
     "cpu-seeding": seeding_table,
     "h100-full-size-distillation": distillation_table,

@@ -15,6 +15,8 @@ EMBEDDING_TABLE = "embedding.bin"  # raw rows (vocabulary + special tokens, hidd
 PLUGIN_LIBRARY = "libmmm_tensorrt.so"
 LAYERS_FILE = "layers.json"
 
+GOLDEN_FILE = "golden.safetensors"  # what PyTorch computed, for a verification without PyTorch
+
 CONFIG_FILE = "config.json"  # of a checkpoint
 
 TOKENIZER_MODEL_FILE = "tokenizer.model"

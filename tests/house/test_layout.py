@@ -22,7 +22,7 @@ LINKS = {
     "runtime": "../../runtime",
 }
 TOP_LEVEL = {
-    *("benchmarks", "distillation", "docs", "exporter", "model", "plugins", "runtime", "src", "tests"),
+    *("benchmarks", "distillation", "docs", "exporter", "model", "plugins", "runtime", "scripts", "src", "tests"),
     *("cli.py", "pyproject.toml", "constraints.txt", "Makefile", "LICENSE"),
     *("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md"),
     *(".ci", ".gitignore", ".pre-commit-config.yaml"),
