@@ -18,6 +18,7 @@ from mmm_export.commands.inspect import inspect
 from mmm_export.commands.onnx import onnx
 from mmm_export.commands.plugins import plugins
 from mmm_export.commands.run import run_bundle
+from mmm_export.commands.trt import trt
 from mmm_export.commands.verify import verify
 
 EPILOG = f"""\b
@@ -31,6 +32,7 @@ COMMANDS: tuple[click.Command, ...] = (
     distill,
     onnx,
     verify,
+    trt,
     run_bundle,
     evaluate,
     bench,

@@ -22,6 +22,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 DOCUMENTS = (
     "README.md",
     "docs/plugins.md",
+    "docs/engine.md",
     "docs/distillation.md",
     "docs/how-to/distill-your-own.md",
     "demo_models/README.md",
@@ -114,6 +115,23 @@ def ablations_table(results: Results) -> str:
     return _table(("short run", "accuracy, mean", "lowest to highest", "seeds"), rows)
 
 
+def engines_table(results: Results) -> str:
+    rows = [
+        (
+            f"{row['model']}, {row['precision']}, SM {row['compute_capability']}",
+            f"{row['build_s']:.0f} s",
+            f"{row['peak_gib']:.1f} GiB",
+            f"{row['engine_bytes'] / 1e9:.2f} GB",
+            f"{row['weights_bytes'] / 1e9:.2f} GB",
+            f"{row['command_s']:.0f} s",
+        )
+        for row in results["rows"]
+    ]
+    version = results["rows"][0]["tensorrt_rtx"]
+    header = ("decoder engine", "build", "peak memory of the builder", "plan", "weights in the bundle", "whole command")
+    return f"TensorRT-RTX {version}, built on a CPU for a GPU that is not there:\n\n{_table(header, rows)}"
+
+
 def seeding_table(results: Results) -> str:
     rows = [
         (
@@ -184,6 +202,7 @@ RENDERERS: dict[str, Callable[[Results], str]] = {
     "digits-distillation": digits_table,
     "digits-distillation:stages": stages_table,
     "digits-distillation:ablations": ablations_table,
+    "rtx-engines": engines_table,
     "cpu-seeding": seeding_table,
     "h100-full-size-distillation": distillation_table,
     "h100-linear": linear_table,

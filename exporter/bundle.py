@@ -22,6 +22,9 @@ from torch import Tensor
 import mmm_export
 from mmm_export import names
 from mmm_export.errors import OptionError
+from mmm_export.exporter.fusion import fuse_products, write_weights
+from mmm_export.exporter.golden import write_golden
+from mmm_export.exporter.golden_recording import golden_examples, golden_from_examples
 from mmm_export.exporter.graphs import DecoderGraph, EmbeddingGraph, Graph, VisionGraph, layer_output
 from mmm_export.exporter.scan_function import Body, scan_function
 from mmm_export.exporter.trace import OPSET, trace
@@ -61,6 +64,9 @@ class ExportOptions:
         standard_ops: write operators of ONNX opset 27 instead of the custom operator; overrides `body`.
         logits: of the last valid token of each row, or of all tokens.
         rope_scaling: "ignore" as the released hybrid does, or "teacher" to honour rope_scaling of config.json.
+        golden: also run PyTorch on a few prompts, and keep what it computed in the bundle.
+        fuse: write the decoder's products with the norms and additions around them as MmmLinear nodes, which only our kernel library
+            computes.
     """
 
     dtype: Dtype = "fp32"
@@ -69,6 +75,8 @@ class ExportOptions:
     standard_ops: bool = False
     logits: Literal["last", "all"] = "last"
     rope_scaling: Literal["ignore", "teacher"] = "ignore"
+    golden: bool = False
+    fuse: bool = False
 
     def __post_init__(self) -> None:
         for field, value, allowed in (
@@ -79,6 +87,8 @@ class ExportOptions:
         ):
             if value not in allowed:
                 raise OptionError(f"unknown {field}", found=repr(value), wanted=", ".join(allowed))
+        if self.fuse and self.standard_ops:
+            raise OptionError("fuse and standard_ops exclude each other: one needs our kernels, the other avoids them")
         if not 1 <= self.max_tokens <= MOST_TOKENS:
             raise OptionError("max_tokens is out of range", found=str(self.max_tokens), wanted=f"1 to {MOST_TOKENS}")
 
@@ -102,6 +112,7 @@ def export_bundle(
     Raises:
         CheckpointError: the checkpoint cannot be read, or its weights do not fit the type asked for.
         OutputError: `output` exists and `force` is not set, or the disk is too small.
+        PromptError: the KV cache is too small for the golden prompts.
     """
     options = options or ExportOptions()
     progress = progress or SilentProgress()
@@ -109,12 +120,18 @@ def export_bundle(
     max_tokens = options.max_tokens if source.spec.attention_layers else 0
     item_bytes = 4 if options.dtype == "fp32" else 2
     needed = sum(math.prod(shape) for shape in required_shapes(source.spec).values()) * item_bytes
+    needed *= 2 if options.fuse else 1  # the decoder is written twice
     needed += 2 * 2 * max_tokens * source.spec.head_dim // 2 * 4  # cosine and sine of both stacks
     with output_folder(Path(output), force=force, needed_bytes=needed, protect=(source.folder,)) as folder:
         identity = _in_background(source.sha256)  # hashing releases the interpreter lock: it runs beside the trace
         writer = _BundleWriter(source, folder, options, max_tokens, progress)
         graphs, files = writer.write()
         source_sha256 = identity.result()
+        if options.golden:
+            examples = golden_examples(folder, source.spec, max_tokens)
+            golden = golden_from_examples(source, source_sha256, examples, progress=progress)
+            write_golden(folder / names.GOLDEN_FILE, golden)
+            files[names.GOLDEN_FILE] = file_info(folder / names.GOLDEN_FILE)
         manifest = Manifest(
             model=source.spec,
             source=source.folder.resolve().name,
@@ -129,6 +146,7 @@ def export_bundle(
             tools=_tool_versions(),
             environment=STANDARD_OPS_ENVIRONMENT if options.standard_ops else {},
             findings=source.findings,
+            needs_kernels=options.fuse,
         )
         write_manifest(folder, manifest)
     return manifest
@@ -175,10 +193,19 @@ class _BundleWriter:
             with self.progress.stage(f"trace {name}"):
                 model = trace(self.source.spec, self.options.dtype, self.max_tokens, make)
             data = self.folder / (name + names.WEIGHTS_SUFFIX)
+            fuses = self.options.fuse and name == names.DECODER_FILE
+            first = data.with_suffix(".unfused") if fuses else data
             with self.progress.stage(f"write weights of {name}", weight_bytes(model)) as advance:
-                files[data.name] = bind_weights(model, data, self._parameter, advance)
+                files[data.name] = bind_weights(model, first, self._parameter, advance)
             with self.progress.stage(f"optimise and check {name}"):
                 self._finish(model, self.folder / name)
+            if fuses:
+                with self.progress.stage(f"fuse {name}", weight_bytes(model)) as advance:
+                    fuse_products(model)
+                    files[data.name] = write_weights(model, data, advance)
+                    ir.save(model, self.folder / name)
+                    onnx.checker.check_model(self.folder / name, full_check=False)
+                first.unlink()
             files[name] = file_info(self.folder / name)
             graphs[name] = GraphInfo(_tensors(model.graph.inputs), _tensors(model.graph.outputs))
         for name in names.TOKENIZER_FILES:

@@ -13,7 +13,7 @@ from mmm_export.environment import environment
 from mmm_export.errors import BundleError, OptionError
 from mmm_export.manifest import Manifest, TensorInfo
 from mmm_export.onnxruntime_support import LINEAR_ATTENTION_SINCE, has_linear_attention
-from mmm_export.operator_library import CPU_PROVIDER, register_library
+from mmm_export.operator_library import CPU_PROVIDER, CUDA_PROVIDER, register_library
 from mmm_export.runtime.state_layout import state_layout
 
 _SUFFIX = "ExecutionProvider"
@@ -77,6 +77,20 @@ def check_requirements(folder: Path, manifest: Manifest, providers: list[str], l
             found=f"dtype bf16, provider {CPU_PROVIDER}",
             wanted="fp32 or fp16 for a CPU",
             hint="export it again: mmm-export onnx CHECKPOINT -o BUNDLE --dtype fp32",
+        )
+    if manifest.needs_kernels and library is None:
+        raise BundleError(
+            f"{folder} has operators that only our kernel library computes",
+            found="no such library for this machine, or --kernels none",
+            wanted="libmmm_onnxruntime.so",
+            hint="mmm-export plugins build; or export it again without --fuse",
+        )
+    if manifest.needs_kernels and manifest.dtype == "fp32" and providers[0] == CUDA_PROVIDER:
+        raise BundleError(
+            f"{folder} holds fused fp32 products, which have no kernel on a GPU",
+            found="dtype fp32, provider CUDAExecutionProvider",
+            wanted="fp16 or bf16",
+            hint="export it again: mmm-export onnx CHECKPOINT -o BUNDLE --fuse --dtype bf16",
         )
     if manifest.body == "linear-attention" and library is None and not has_linear_attention():
         raise BundleError(

@@ -22,6 +22,21 @@ int32_t linear_cpu(const mmm_linear_args& args, mmm_status& status);
 int32_t linear_cuda(const mmm_linear_args& args, mmm_status& status);
 uint64_t linear_workspace_cuda(const mmm_linear_shape& shape);
 
+// Somebody else's matrix product on a GPU, such as cuBLAS: enqueue out (M, N) = x (M, K) W (N, K)^T, plus what is in out if `accumulate`,
+// all contiguous, in io_dtype but for out in `out_dtype`. Sums are float32.
+class ForeignProduct {
+ public:
+  virtual bool enqueue(const mmm_linear_shape& shape, const void* x, const void* weight, void* out, int32_t out_dtype,
+                       bool accumulate) const = 0;
+
+ protected:
+  ~ForeignProduct() = default;
+};
+
+// As linear_cuda, for a plain weight and contiguous x, by a product that is better at many tokens; norm and epilogue are kernels of ours.
+int32_t linear_cuda(const mmm_linear_args& args, const ForeignProduct& product, mmm_status& status);
+uint64_t linear_workspace_cuda(const mmm_linear_shape& shape, const ForeignProduct& product);
+
 // Write `code` and the formatted text to `status`, cut to MMM_STATUS_TEXT_BYTES; returns `code`.
 [[gnu::format(printf, 3, 4)]] int32_t fail(mmm_status& status, mmm_code code, const char* format, ...);
 

@@ -7,6 +7,9 @@
 
 #include "chunked_scan.cuh"
 #include "launch.h"
+#ifdef MMM_WARPGROUPS
+#include "chunked_launch.cuh"
+#endif
 
 namespace mmm {
 namespace {
@@ -197,6 +200,12 @@ int heads_per_block(const mmm_scan_shape& shape, const Device& device) {
 
 }  // namespace
 
+#ifdef MMM_WARPGROUPS
+cudaError_t launch_start_states(const ChunkedArgs& args, int state_entries, int batch, cudaStream_t stream, bool overlap) {
+  return launch(start_states, dim3(state_entries / 512, batch * args.heads), 128, 0, stream, overlap, args, state_entries);
+}
+#endif
+
 bool chunked_supports(const mmm_scan_shape& shape) {
   return (shape.io_dtype == MMM_FLOAT16 || shape.io_dtype == MMM_BFLOAT16) && shape.head_dim == shape.state_dim &&
          (shape.head_dim == 64 || shape.head_dim == 128) && shape.tokens > 0;
@@ -238,6 +247,9 @@ cudaError_t launch_chunked(const mmm_scan_args& call, const Device& device) {
   args.segment_decays = args.segment_states + rows * args.segments * shape.head_dim * shape.state_dim;
 
   const auto stream = static_cast<cudaStream_t>(call.stream);
+#ifdef MMM_WARPGROUPS
+  if (together == 2 && device.major == 9) return run_warpgroups(args, shape.io_dtype == MMM_FLOAT16, shape.batch, stream);
+#endif
   const bool narrow = shape.conv_width == 2;
   if (shape.io_dtype == MMM_FLOAT16)
     return narrow ? run_sizes<__half, 2>(args, shape.head_dim, together, shape.batch, stream, device)

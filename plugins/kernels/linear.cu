@@ -4,6 +4,7 @@
 #include <atomic>
 
 #include "abi/backend.h"
+#include "activations.cuh"
 #include "launch.h"
 #include "linear_matrix.cuh"
 
@@ -186,7 +187,54 @@ cudaError_t enqueue(const mmm_linear_args& args, const Device& device) {
   return cudaSuccess;
 }
 
+uint64_t normalised_bytes(const mmm_linear_shape& shape) {
+  const uint64_t bytes = uint64_t{2} * static_cast<uint64_t>(shape.tokens) * static_cast<uint64_t>(shape.inputs);
+  return shape.normalise ? (bytes + 255) / 256 * 256 : 0;  // what follows is aligned too
+}
+
+template <typename Element>
+cudaError_t enqueue(const mmm_linear_args& args, const ForeignProduct& product) {
+  const mmm_linear_shape& s = args.shape;
+  const auto stream = static_cast<cudaStream_t>(args.stream);
+  const bool is_silu = s.epilogue == MMM_EPILOGUE_SILU, adds = s.epilogue == MMM_EPILOGUE_RESIDUAL;
+  const void* x = args.x;
+  if (s.normalise) {
+    linear_norm_kernel<Element><<<s.tokens, 256, 0, stream>>>(
+        static_cast<const Element*>(args.x), args.x_stride, static_cast<const Element*>(args.norm_weight),
+        static_cast<Element*>(args.workspace), s.inputs, s.eps);
+    x = args.workspace;
+  }
+  if (adds && args.out != args.residual) {
+    const size_t bytes = static_cast<size_t>(s.tokens) * static_cast<size_t>(s.outputs) * sizeof(Element);
+    if (const cudaError_t error = cudaMemcpyAsync(args.out, args.residual, bytes, cudaMemcpyDeviceToDevice, stream)) return error;
+  }
+  void* const to = is_silu ? static_cast<char*>(args.workspace) + normalised_bytes(s) : args.out;
+  if (!product.enqueue(s, x, args.weight, to, is_silu ? s.io_dtype : s.out_dtype, adds)) return cudaErrorUnknown;
+  if (is_silu) {
+    const int64_t eighths = int64_t{s.tokens} * (s.outputs / 2) / 8;
+    linear_silu_kernel<Element><<<static_cast<unsigned>((eighths + 255) / 256), 256, 0, stream>>>(
+        static_cast<const Element*>(to), args.out, eighths, s.outputs / 2, s.out_dtype == MMM_FLOAT32);
+  }
+  return cudaGetLastError();
+}
+
 }  // namespace
+
+uint64_t linear_workspace_cuda(const mmm_linear_shape& shape, const ForeignProduct&) {
+  const uint64_t products = uint64_t{2} * static_cast<uint64_t>(shape.tokens) * static_cast<uint64_t>(shape.outputs);
+  return normalised_bytes(shape) + (shape.epilogue == MMM_EPILOGUE_SILU ? products : 0);
+}
+
+int32_t linear_cuda(const mmm_linear_args& args, const ForeignProduct& product, mmm_status& status) {
+  Device device = {};
+  cudaError_t error = current_device(device);
+  if (error == cudaSuccess) {
+    error = args.shape.io_dtype == MMM_FLOAT16 ? enqueue<__half>(args, product) : enqueue<__nv_bfloat16>(args, product);
+  }
+  if (error == cudaSuccess) return MMM_OK;
+  cudaGetLastError();
+  return cuda_failed(status, error, device);
+}
 
 uint64_t linear_workspace_cuda(const mmm_linear_shape& shape) {
   // Whichever kernel is chosen: a forced variant may be tiled for few tokens too.

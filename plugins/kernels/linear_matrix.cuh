@@ -171,4 +171,33 @@ __global__ void __launch_bounds__(256) linear_norm_kernel(const Element* x, int6
     to[i] = normalised<Element>(row[i], reinterpret_cast<const uint4*>(weight)[i], scale);
 }
 
+// out (M, N/2) = silu(gate) * up of products (M, N), each row [gate | up]; a thread makes eight columns. Both factors are rounded first,
+// as they lie in memory here.
+template <typename Element>
+__global__ void __launch_bounds__(256) linear_silu_kernel(const Element* products, void* out, int64_t eighths, int columns,
+                                                          bool out_is_float32) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * 256 + threadIdx.x;
+  if (i >= eighths) return;
+  const int64_t token = i / (columns / 8);
+  const int64_t column = i % (columns / 8) * 8;
+  const Element* const row = products + token * 2 * columns;
+  const uint4 gate = *reinterpret_cast<const uint4*>(row + column), up = *reinterpret_cast<const uint4*>(row + columns + column);
+  float y[8];
+#pragma unroll
+  for (int j = 0; j < 4; j++) {
+    const float2 g = ElementTraits<Element>::unpack(word_of(gate, j)), u = ElementTraits<Element>::unpack(word_of(up, j));
+    y[2 * j] = silu(g.x) * u.x, y[2 * j + 1] = silu(g.y) * u.y;
+  }
+  const int64_t at = token * columns + column;
+  if (out_is_float32) {
+#pragma unroll
+    for (int j = 0; j < 8; j++) static_cast<float*>(out)[at + j] = y[j];
+  } else {
+    uint32_t words[4];
+#pragma unroll
+    for (int j = 0; j < 4; j++) words[j] = ElementTraits<Element>::pack(y[2 * j], y[2 * j + 1]);
+    *reinterpret_cast<uint4*>(static_cast<Element*>(out) + at) = make_uint4(words[0], words[1], words[2], words[3]);
+  }
+}
+
 }  // namespace mmm

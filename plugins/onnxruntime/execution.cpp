@@ -5,6 +5,11 @@
 #include "abi/backend.h"
 #include "abi/check.h"
 #include "cpu/reference.h"
+#include "onnxruntime/cublas.h"
+
+#ifndef MMM_WITH_CUDA
+#define MMM_WITH_CUDA 0
+#endif
 
 namespace mmm::ort {
 namespace {
@@ -110,6 +115,25 @@ void run_scan(const OrtApi& api, OrtKernelContext* context, const OrtValue* inpu
 }
 
 void run_linear(const OrtApi& api, OrtKernelContext* context, const OrtValue* input, mmm_linear_args& args) {
+#if MMM_WITH_CUDA
+  Cublas cublas;
+  const mmm_linear_shape& shape = args.shape;
+  if (shape.device == MMM_CUDA && shape.weight_format == MMM_WEIGHT_PLAIN && shape.tokens >= kCublasTokens &&
+      (shape.epilogue != MMM_EPILOGUE_SILU || linear_columns(shape) % 8 == 0) && cublas.open(api, context)) {
+    const auto query = [&](const mmm_linear_shape* s, uint64_t* bytes, mmm_status* status) {
+      uint64_t least = 0;
+      const int32_t code = mmm_linear_workspace(s, &least, status);  // checks the shape
+      *bytes = linear_workspace_cuda(*s, cublas);
+      return code;
+    };
+    const auto call = [&](const mmm_linear_args* a, mmm_status* status) {
+      const int32_t code = check_arguments(*a, a->workspace_bytes, *status);
+      return code != MMM_OK ? code : linear_cuda(*a, cublas, *status);
+    };
+    run_on_cuda(api, context, input, args, kLinearName, query, call);
+    return;
+  }
+#endif
   if (args.shape.device == MMM_CUDA) {
     run_on_cuda(api, context, input, args, kLinearName, mmm_linear_workspace, mmm_linear);
   } else {

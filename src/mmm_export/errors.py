@@ -45,6 +45,10 @@ class BundleError(MmmError):
     """A bundle or engine folder is missing, damaged, of another version, or belongs to another model."""
 
 
+class EngineError(MmmError):
+    """An engine cannot be planned or built, or its folder is damaged or fits another device, version or bundle."""
+
+
 class KernelError(MmmError):
     """A kernel library cannot be used, or refuses a call."""
 

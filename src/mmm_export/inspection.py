@@ -1,27 +1,29 @@
-"""What is in a checkpoint, a bundle or a state file, as plain data; runs without torch and reads no weights."""
+"""What is in a checkpoint, a bundle, an engine or a state file, as plain data; runs without torch and reads no weights."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from mmm_export import names
-from mmm_export.errors import MmmError
+from mmm_export.engine_manifest import check_engine_files, folder_kind, read_engine_manifest
+from mmm_export.errors import EngineError, MmmError
 from mmm_export.manifest import Dtype, check_files, read_manifest
 from mmm_export.spec import LayerKind, ModelSpec
-
-BYTES: dict[str, int] = {"fp32": 4, "fp16": 2, "bf16": 2}
+from mmm_export.state_bytes import state_bytes
 
 
 def inspect(path: Path) -> dict[str, Any]:
-    """Describe what `path` is; the key `kind` says checkpoint, bundle or state.
+    """Describe what `path` is; the key `kind` says checkpoint, bundle, engine or state.
 
     Raises:
         MmmError: it is none of them, or it is damaged.
     """
     if (path / names.MANIFEST_FILE).is_file():
-        return _bundle(path)
+        return _engine(path) if folder_kind(path) == "engine" else _bundle(path)
     if (path / names.CONFIG_FILE).is_file():
         return _checkpoint(path)
     if path.is_file():
@@ -31,7 +33,7 @@ def inspect(path: Path) -> dict[str, Any]:
         found=f"a folder without {names.CONFIG_FILE} or {names.MANIFEST_FILE}"
         if path.is_dir()
         else "no such file or folder",
-        wanted="a checkpoint folder, a bundle folder, or a state file",
+        wanted="a checkpoint folder, a bundle or engine folder, or a state file",
     )
 
 
@@ -71,6 +73,99 @@ def _bundle(folder: Path) -> dict[str, Any]:
         "environment": manifest.environment,
         "findings": list(manifest.findings),
     }
+
+
+def _engine(folder: Path) -> dict[str, Any]:
+    manifest = read_engine_manifest(folder)
+    check_engine_files(folder, manifest, content=False)
+    memory = {field: value for field, value in dataclasses.asdict(manifest.memory).items() if value}
+    plugin = dataclasses.asdict(manifest.plugin)
+    layers = read_layers(folder)
+    return {
+        "kind": "engine",
+        "path": str(folder),
+        "flavor": manifest.flavor,
+        "tensorrt_version": manifest.tensorrt_version,
+        "compute_capabilities": ", ".join(f"{n // 10}.{n % 10}" for n in manifest.compute_capabilities),
+        "platform": manifest.platform,
+        "target": manifest.target,
+        "dtype": manifest.dtype,
+        "bundle": manifest.bundle,
+        "bundle_sha256": manifest.bundle_sha256,
+        "source": manifest.source,
+        "source_sha256": manifest.source_sha256,
+        "logits": manifest.logits,
+        "build_seconds": manifest.build_seconds,
+        **model(manifest.model, manifest.dtype),
+        "limits": dataclasses.asdict(manifest.limits),
+        "precision": manifest.precision,
+        "memory": memory,
+        "plugin": {"file": manifest.plugin.file or ("in the plan" if manifest.plugin.embedded else "not needed")}
+        | ({k: plugin[k] for k in ("abi", "version", "machine", "sha256")} if manifest.plugin.needed else {})
+        | {"architectures": ", ".join(map(str, manifest.plugin.architectures)) or "none"},
+        "profiles": {
+            f"{name} {profile.name}": "; ".join(
+                f"{tensor} {list(ranges.least)} to {list(ranges.most)}"
+                for tensor, ranges in profile.inputs.items()
+                if ranges.least != ranges.most
+            )
+            or "fixed shapes"
+            for name, plan in manifest.plans.items()
+            for profile in plan.profiles
+        },
+        "options": manifest.options,
+        "plans": {
+            name: {
+                "build_seconds": plan.build_seconds,
+                "peak_bytes": plan.peak_bytes,
+                "key": plan.key,
+                "in_place": plan.in_place,
+                "inputs": [dataclasses.asdict(tensor) for tensor in plan.inputs],
+                "outputs": [dataclasses.asdict(tensor) for tensor in plan.outputs],
+            }
+            for name, plan in manifest.plans.items()
+        },
+        "layers_by_part": {part: _counts(rows) for part, rows in layers.items()},
+        "layer_listing": layers,
+        "files": {name: info.bytes for name, info in manifest.files.items()},
+        "tools": manifest.tools,
+        "findings": list(manifest.findings),
+    }
+
+
+def read_layers(folder: Path) -> dict[str, list[dict[str, Any]]]:
+    """Read the layers that a build stored, by part: "decoder.plan prefill". Empty where the library told none.
+
+    Raises:
+        EngineError: the file is damaged.
+    """
+    try:
+        data = json.loads((folder / names.LAYERS_FILE).read_text(encoding="utf-8"))
+        return {
+            f"{plan} {profile}": [_layer(row) for row in rows]
+            for plan, listing in data.items()
+            for profile, rows in listing["profiles"].items()
+        }
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise EngineError(
+            f"{folder / names.LAYERS_FILE} cannot be read",
+            found=f"{type(error).__name__}: {error}",
+            hint="build the engine again",
+        ) from error
+
+
+def _layer(row: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "kind": str(row["kind"]),
+        "name": str(row["name"]),
+        "inputs": [str(tensor) for tensor in row["inputs"]],
+        "outputs": [str(tensor) for tensor in row["outputs"]],
+    }
+
+
+def _counts(rows: list[dict[str, Any]]) -> dict[str, int]:
+    """Count layers by kind, most frequent first."""
+    return {"layers": len(rows), **dict(Counter(row["kind"] for row in rows).most_common())}
 
 
 def _state(path: Path) -> dict[str, Any]:
@@ -113,16 +208,6 @@ def model(spec: ModelSpec, dtype: Dtype) -> dict[str, Any]:
             "thumbnail": vision.dynamic_tiles and vision.use_thumbnail,
         },
         "state": state_bytes(spec, dtype),
-    }
-
-
-def state_bytes(spec: ModelSpec, dtype: Dtype) -> dict[str, int]:
-    """Count the bytes one sequence keeps: SSM and conv states, which never grow, and the KV cache's growth by token."""
-    recurrent = len(spec.mamba_layers)
-    return {
-        "ssm_bytes": recurrent * spec.heads * spec.head_dim * spec.state_dim * 4,
-        "conv_bytes": recurrent * spec.conv_channels * (spec.conv_width - 1) * BYTES[dtype],
-        "kv_bytes_per_token": len(spec.attention_layers) * 2 * spec.kv_heads * spec.head_dim * BYTES[dtype],
     }
 
 

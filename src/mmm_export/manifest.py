@@ -7,21 +7,23 @@ import hashlib
 import json
 import math
 import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Protocol, TypeVar, get_args, get_origin, get_type_hints
 
 from mmm_export import names
-from mmm_export.errors import BundleError
+from mmm_export.errors import BundleError, MmmError
 from mmm_export.spec import ModelSpec
 
 SCHEMA = 1
 Dtype = Literal["fp32", "fp16", "bf16"]
+T = TypeVar("T")
 DTYPES: tuple[Dtype, ...] = ("fp32", "fp16", "bf16")
 
 _MAX_SIZE = 2**31 - 1
-_MAY_BE_ZERO = ("special_tokens", "max_tokens", "image_token_id", "shape", "bytes")
+_MAY_BE_ZERO = ("special_tokens", "max_tokens", "image_token_id", "shape", "abi", "least", "typical", "most")
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,8 @@ class Manifest:
     """Content of a bundle's manifest.json.
 
     `max_tokens` is the KV cache capacity of a model with attention layers, 0 without. `environment` names variables that a
-    runtime needs before it loads the graphs. `findings` are the checkpoint's contradictions and what was assumed instead.
+    runtime needs before it loads the graphs. `needs_kernels` says that graphs hold operators that only our library computes.
+    `findings` are the checkpoint's contradictions and what was assumed instead.
     """
 
     model: ModelSpec
@@ -68,6 +71,7 @@ class Manifest:
     tools: dict[str, str]
     environment: dict[str, str] = dataclasses.field(default_factory=dict)
     findings: tuple[str, ...] = ()
+    needs_kernels: bool = False
 
     @property
     def model_sha256(self) -> str:
@@ -77,6 +81,8 @@ class Manifest:
 
     def to_json(self) -> dict[str, Any]:
         data = dataclasses.asdict(self)
+        if not self.needs_kernels:
+            del data["needs_kernels"]  # so that earlier versions read what they can run
         return {"schema": SCHEMA, "kind": "bundle", **data}
 
     @classmethod
@@ -84,36 +90,36 @@ class Manifest:
         """Inverse of `to_json`. Raises KeyError, TypeError, ValueError or AttributeError on foreign data."""
 
         def tensors(rows: object) -> tuple[TensorInfo, ...]:
-            return tuple(TensorInfo(r["name"], r["dtype"], _items(r["shape"])) for r in _items(rows))
+            return tuple(TensorInfo(r["name"], r["dtype"], as_tuple(r["shape"])) for r in as_tuple(rows))
 
         fields = {k: v for k, v in data.items() if k not in ("schema", "kind", "model", "graphs", "files", "findings")}
         manifest = cls(
             model=ModelSpec.from_json(data["model"]),
             graphs={n: GraphInfo(tensors(g["inputs"]), tensors(g["outputs"])) for n, g in data["graphs"].items()},
             files={n: FileInfo(**f) for n, f in data["files"].items()},
-            findings=_items(data.get("findings", ())),
+            findings=as_tuple(data.get("findings", ())),
             **fields,
         )
-        _check_value("manifest", manifest, cls)
+        check_value("manifest", manifest, cls)
         if manifest.model.vision.tokens_per_tile < 1:
             raise ValueError("vision gives no token for a tile")
         return manifest
 
 
-def _items(value: object) -> tuple[Any, ...]:
+def as_tuple(value: object) -> tuple[Any, ...]:
     if not isinstance(value, (list, tuple)):  # a string would become its letters
         raise TypeError(f"{value!r:.80} is no list")
     return tuple(value)
 
 
-def _check_value(name: str, value: Any, declared: Any) -> None:
+def check_value(name: str, value: Any, declared: Any) -> None:
     """Refuse a value that is not of its field's declared type, or out of range. Raises TypeError or ValueError.
 
     A `bool` is no integer, an integer is a `float`, and text has to be writable as UTF-8.
     """
     if dataclasses.is_dataclass(declared):
         for field, hint in get_type_hints(declared).items():
-            _check_value(field, getattr(value, field), hint)
+            check_value(field, getattr(value, field), hint)
         return
     kind, arguments = get_origin(declared), get_args(declared)
     if kind is Literal:
@@ -121,13 +127,13 @@ def _check_value(name: str, value: Any, declared: Any) -> None:
             raise ValueError(f"{name} is {value!r:.80}, not one of {', '.join(arguments)}")
     elif kind is tuple:
         for item in value:
-            _check_value(name, item, arguments[0])
+            check_value(name, item, arguments[0])
     elif kind is dict:
         if not isinstance(value, dict):
             raise TypeError(f"{name} is {value!r:.80}, not an object")
         for key, item in value.items():
-            _check_value(f"a name in {name}", key, arguments[0])
-            _check_value(f"{name} {key!r:.80}", item, arguments[1])
+            check_value(f"a name in {name}", key, arguments[0])
+            check_value(f"{name} {key!r:.80}", item, arguments[1])
     else:
         _check_plain(name, value, arguments or (declared,))
 
@@ -140,8 +146,9 @@ def _check_plain(name: str, value: Any, allowed: tuple[type, ...]) -> None:
     elif isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"{name} is {value}")
     elif type(value) is int and float not in allowed:
-        least = 0 if name in _MAY_BE_ZERO else 1
-        if value < least or (value > _MAX_SIZE and name != "bytes"):
+        counts_bytes = name.endswith("bytes")
+        least = 0 if counts_bytes or name in _MAY_BE_ZERO else 1
+        if value < least or (value > _MAX_SIZE and not counts_bytes):
             raise ValueError(f"{name} is {value!r:.80}, not {least} to {_MAX_SIZE}")
 
 
@@ -166,91 +173,125 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 def read_manifest(folder: Path) -> Manifest:
     """Read and check the manifest of a bundle folder. Raises BundleError; the files themselves are checked by `check_files`."""
+    return read_folder_manifest(folder, BUNDLE, SCHEMA, Manifest.from_json)
+
+
+@dataclass(frozen=True)
+class FolderKind:
+    """What errors say of a kind of folder: its name, article first, the command that writes it, and how to get it again."""
+
+    kind: str
+    named: str
+    written_by: str
+    command: str
+    again: str
+    error: type[MmmError]
+
+
+BUNDLE = FolderKind(
+    "bundle",
+    "a bundle",
+    "mmm-export onnx",
+    "mmm-export onnx CHECKPOINT -o BUNDLE",
+    "export the bundle again",
+    BundleError,
+)
+
+
+def read_folder_manifest(folder: Path, kind: FolderKind, schema: int, from_json: Callable[[dict[str, Any]], T]) -> T:
+    """Read manifest.json of a folder of one kind and schema. Raises the kind's error, whatever the file holds."""
     path = folder / names.MANIFEST_FILE
     try:
         if not path.is_file():
-            raise BundleError(
-                f"{folder} is not a bundle",
+            raise kind.error(
+                f"{folder} is not {kind.named}",
                 found="no such folder" if not folder.exists() else f"no {names.MANIFEST_FILE} in it",
-                wanted="a folder written by mmm-export onnx",
-                hint="mmm-export onnx CHECKPOINT -o BUNDLE",
+                wanted=f"a folder written by {kind.written_by}",
+                hint=kind.command,
             )
         data = json.loads(path.read_text(encoding="utf-8"))
-        schema = data["schema"]
-        kind = data["kind"]
+        found_schema = data["schema"]
+        found_kind = data["kind"]
     except (ValueError, KeyError, TypeError, OSError, RecursionError) as error:
-        raise BundleError(
+        raise kind.error(
             f"{path} cannot be read",
             found=f"{type(error).__name__}: {error}",
             wanted="JSON written by mmm-export",
-            hint="export the bundle again",
+            hint=kind.again,
         ) from error
-    if schema != SCHEMA or kind != "bundle":
-        newer = isinstance(schema, int) and schema > SCHEMA
-        raise BundleError(
+    if found_schema != schema or found_kind != kind.kind:
+        newer = isinstance(found_schema, int) and found_schema > schema
+        raise kind.error(
             f"{path} is of another schema",
-            found=f"schema {schema!r}, kind {kind!r}",
-            wanted=f"schema {SCHEMA}, kind 'bundle'",
-            hint="upgrade mmm-export" if newer else "export the bundle again with this version",
+            found=f"schema {found_schema!r}, kind {found_kind!r}",
+            wanted=f"schema {schema}, kind {kind.kind!r}",
+            hint="upgrade mmm-export" if newer else f"{kind.again} with this version",
         )
     try:
-        return Manifest.from_json(data)
+        return from_json(data)
     except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
-        raise BundleError(
+        raise kind.error(
             f"{path} is damaged",
             found=f"{type(error).__name__}: {error}",
-            wanted="all fields of schema 1, each with a value that it can have",
-            hint="export the bundle again",
+            wanted=f"all fields of schema {schema}, each with a value that it can have",
+            hint=kind.again,
         ) from error
 
 
-def check_files(folder: Path, manifest: Manifest, *, content: bool = True) -> None:
-    """Compare the files of a bundle with its manifest: names, sizes and, with `content`, SHA-256.
+class Listing(Protocol):
+    """A manifest, as far as its files go."""
+
+    @property
+    def files(self) -> dict[str, FileInfo]: ...
+
+
+def check_files(folder: Path, manifest: Listing, *, content: bool = True, kind: FolderKind = BUNDLE) -> None:
+    """Compare the files of a folder with its manifest: names, sizes and, with `content`, SHA-256.
 
     Every listed file lies in the folder itself and is no link. Other files may lie beside them and are not looked at.
 
     Raises:
-        BundleError: a file is missing or changed.
+        BundleError: a file is missing or changed; for another kind of folder, its own error.
 
     """
     try:
-        _check_names_and_sizes(folder, manifest)
+        _check_names_and_sizes(folder, manifest.files, kind)
         if content:
-            _check_content(folder, manifest)
+            _check_content(folder, manifest.files, kind)
     except OSError as error:
-        raise BundleError(f"{folder} cannot be read", found=f"{error.filename}: {error.strerror}") from error
+        raise kind.error(f"{folder} cannot be read", found=f"{error.filename}: {error.strerror}") from error
 
 
-def _check_names_and_sizes(folder: Path, manifest: Manifest) -> None:
+def _check_names_and_sizes(folder: Path, files: dict[str, FileInfo], kind: FolderKind) -> None:
     with os.scandir(folder) as entries:
         present = {entry.name: entry for entry in entries}
-    for name, info in manifest.files.items():
+    for name, info in files.items():
         entry = present.get(name)
         if entry is None or not entry.is_file(follow_symlinks=False):
-            raise BundleError(
+            raise kind.error(
                 f"{folder} is incomplete",
                 found=f"no file {name!r}" if entry is None else f"{name!r}, which is a link or a folder",
                 wanted="each file of the manifest in the folder itself",
-                hint="export the bundle again",
+                hint=kind.again,
             )
         size = entry.stat(follow_symlinks=False).st_size
         if size != info.bytes:
-            raise BundleError(
+            raise kind.error(
                 f"{folder / name} was changed",
                 found=f"{size} bytes",
                 wanted=f"{info.bytes} bytes",
-                hint="copy or export the bundle again",
+                hint=f"copy it again, or {kind.again}",
             )
 
 
-def _check_content(folder: Path, manifest: Manifest) -> None:
+def _check_content(folder: Path, files: dict[str, FileInfo], kind: FolderKind) -> None:
     with ThreadPoolExecutor(4) as pool:
-        actual = list(pool.map(lambda name: file_info(folder / name), manifest.files))
-    for (name, info), found in zip(manifest.files.items(), actual, strict=True):
+        actual = list(pool.map(lambda name: file_info(folder / name), files))
+    for (name, info), found in zip(files.items(), actual, strict=True):
         if found.sha256 != info.sha256:
-            raise BundleError(
+            raise kind.error(
                 f"{folder / name} was changed",
                 found=f"sha256 {found.sha256}",
                 wanted=f"sha256 {info.sha256}",
-                hint="copy or export the bundle again",
+                hint=f"copy it again, or {kind.again}",
             )

@@ -9,6 +9,14 @@ MANIFEST_FILE = "manifest.json"
 GRAPH_FILES = (VISION_FILE, EMBEDDING_FILE, DECODER_FILE)
 WEIGHTS_SUFFIX = ".data"
 
+DECODER_PLAN = "decoder.plan"  # of an engine folder
+VISION_PLAN = "vision.plan"
+EMBEDDING_TABLE = "embedding.bin"  # raw rows (vocabulary + special tokens, hidden) in the engine's number format
+PLUGIN_LIBRARY = "libmmm_tensorrt.so"
+LAYERS_FILE = "layers.json"
+
+GOLDEN_FILE = "golden.safetensors"  # what PyTorch computed, for a verification without PyTorch
+
 CONFIG_FILE = "config.json"  # of a checkpoint
 DEMO_MODELS = "demo_models"  # trained checkpoints that come with the package
 
@@ -23,6 +31,7 @@ IMAGE_TOKEN = "<IMG_CONTEXT>"  # one for every vector of an image
 
 OP_DOMAIN = "mmm"
 OP_NAME = "MmmSelectiveScan"
+LINEAR_OP = "MmmLinear"  # in bundles exported with --fuse
 
 PIXEL_VALUES = "pixel_values"  # (tiles, 3, S, S) float32
 IMAGE_FEATURES = "image_features"  # (image tokens, hidden)

@@ -23,7 +23,19 @@ LINKS = {
     "runtime": "../../runtime",
 }
 TOP_LEVEL = {
-    *("benchmarks", "demo_models", "distillation", "docs", "exporter", "model", "plugins", "runtime", "src", "tests"),
+    *(
+        "benchmarks",
+        "demo_models",
+        "distillation",
+        "docs",
+        "exporter",
+        "model",
+        "plugins",
+        "runtime",
+        "scripts",
+        "src",
+        "tests",
+    ),
     *("cli.py", "pyproject.toml", "constraints.txt", "Makefile", "LICENSE"),
     *("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md"),
     *(".ci", ".gitignore", ".pre-commit-config.yaml"),

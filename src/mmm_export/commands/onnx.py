@@ -53,6 +53,17 @@ from mmm_export.spec import MOST_TOKENS
     default="ignore",
     help="Rotary scaling of attention layers: none, as the released hybrid computes, or what config.json asks for.",
 )
+@click.option(
+    "--golden",
+    is_flag=True,
+    help="Also run PyTorch on two prompts and keep what it computed, so that a device without PyTorch can verify against it.",
+)
+@click.option(
+    "--fuse",
+    is_flag=True,
+    help="Write the decoder's products, with norms, SiLU and additions inside, as operators of our kernel library, which then must "
+    "be there (mmm-export plugins build): fewer and faster kernels in a decode step.",
+)
 @click.option("--force", is_flag=True, help="Replace BUNDLE if it is a bundle already.")
 def onnx(checkpoint: Path, output: Path, force: bool, **options: Any) -> None:
     """Export a CHECKPOINT folder to a BUNDLE of ONNX graphs.

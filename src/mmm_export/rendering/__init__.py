@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmm_export.doctor import Finding
-from mmm_export.inspection import state_bytes
+from mmm_export.rendering.engine import layer_table
 from mmm_export.rendering.text import WIDTH, printable, size, table
+from mmm_export.state_bytes import state_bytes
 
 if TYPE_CHECKING:
     from mmm_export.manifest import Manifest
@@ -26,7 +27,9 @@ def inspection(data: Mapping[str, Any]) -> str:
     if plain:
         parts.append(table(plain, indent=2))
     for key, value in data.items():
-        if isinstance(value, Mapping) and value:
+        if key == "layers_by_part" and value:
+            parts.append(f"layers by part\n{layer_table(value)}")
+        elif isinstance(value, Mapping) and value and key not in ("plans", "layer_listing"):
             rows = [
                 (printable(name) if key == "files" else _label(name), _cell(key, name, cell))
                 for name, cell in value.items()
