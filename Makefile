@@ -41,7 +41,7 @@ runtimes: $(VENV)/.test-installed # TensorRT's runtimes for tests, into build/te
 nvcc: $(VENV)/.test-installed # the CUDA compiler, from wheels where the machine has none
 	@command -v nvcc >/dev/null || test -x /usr/local/cuda/bin/nvcc || $(PIP) install --quiet --constraint constraints.txt '.[nvcc]'
 
-demo: $(VENV)/.demo-installed ## Write, export, verify and ask a tiny random model about a photograph
+demo: $(VENV)/.demo-installed ## Export, verify and ask a small trained model about pictures it has never seen
 	@$(BIN)/mmm-export demo $(ARGS)
 
 format: $(VENV)/.test-installed ## Format the code and mend what lint can mend

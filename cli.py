@@ -11,8 +11,10 @@ from mmm_export.command_line import PROGRAM, FlowGroup, run
 from mmm_export.commands.bench import bench
 from mmm_export.commands.calibrate import calibrate
 from mmm_export.commands.demo import demo
+from mmm_export.commands.digits import digits
 from mmm_export.commands.distill import distill
 from mmm_export.commands.doctor import doctor
+from mmm_export.commands.evaluate import evaluate
 from mmm_export.commands.inspect import inspect
 from mmm_export.commands.onnx import onnx
 from mmm_export.commands.plugins import plugins
@@ -34,10 +36,12 @@ COMMANDS: tuple[click.Command, ...] = (
     calibrate,
     trt,
     run_bundle,
+    evaluate,
     bench,
     inspect,
     doctor,
     plugins,
+    digits,
     demo,
 )
 

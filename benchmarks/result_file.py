@@ -21,7 +21,9 @@ RESULTS = Path(__file__).resolve().parent / "results"
 PACKAGES = ("torch", "triton", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "numpy", "safetensors")
 
 
-def write_results(path: Path, what: str, rows: Sequence[dict[str, Any]], *, where: str | None = None) -> None:
+def write_results(
+    path: Path, what: str, rows: Sequence[dict[str, Any]], *, where: str | None = None, command: str | None = None
+) -> None:
     """Write one result file.
 
     Args:
@@ -29,13 +31,14 @@ def write_results(path: Path, what: str, rows: Sequence[dict[str, Any]], *, wher
         what: one sentence.
         rows: one row a measurement, units in the key names.
         where: the device; this machine's processor unless given.
+        command: what was run to measure; this program's command line unless given.
     """
     data = {
         "what": what,
         "where": where or machine(),
         "date": datetime.date.today().isoformat(),
         "commit": commit(),
-        "command": shlex.join(["python", *_relative(sys.argv)]),
+        "command": command or shlex.join(["python", *_relative(sys.argv)]),
         "versions": {"python": platform.python_version(), **_versions()},
         "rows": list(rows),
     }

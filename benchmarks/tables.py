@@ -19,8 +19,16 @@ import kernel_plots
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-DOCUMENTS = ("README.md", "docs/plugins.md", "docs/quantization.md", "docs/engine.md", "docs/distillation.md")
-BLOCK = re.compile(r"(<!-- results: ([a-z0-9-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+DOCUMENTS = (
+    "README.md",
+    "docs/plugins.md",
+    "docs/quantization.md",
+    "docs/engine.md",
+    "docs/distillation.md",
+    "docs/how-to/distill-your-own.md",
+    "demo_models/README.md",
+)
+BLOCK = re.compile(r"(<!-- results: ([a-z0-9-]+(?::[a-z-]+)?) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 Results = dict[str, Any]
 
@@ -61,6 +69,51 @@ def kernels_table(results: Results) -> str:
         ("mixer of one layer, bf16, float32 state, \u00b5s", "ours", "mamba-ssm's kernels, summed", "faster", "floor"),
         rows,
     )
+
+
+def digits_table(results: Results) -> str:
+    """The shipped models."""
+    models = [row for row in results["rows"] if row["name"] == "model"]
+    kinds = list(models[0]["by_kind"])
+    rows = [
+        (
+            row["model"],
+            f"{row['accuracy']:.1%} ({row['low']:.1%} to {row['high']:.1%})",
+            str(row["onnxruntime_right"]),
+            str(row["other_answers"]),
+            f"{row['checkpoint_bytes'] / 1e6:.1f} MB",
+            *(f"{row['by_kind'][kind]:.0%}" for kind in kinds),
+        )
+        for row in models
+    ]
+    header = (
+        "model",
+        f"right of {models[0]['samples']:,} (95 %)",
+        "right in ONNX Runtime",
+        "other answers there",
+        "bf16 checkpoint",
+    )
+    return _table((*header, *kinds), rows)
+
+
+def stages_table(results: Results) -> str:
+    """The shipped models at the end of each stage."""
+    ends = {(row["run"], row["stage"]): row for row in results["rows"] if row["name"] == "progress"}
+    rows = [(run, stage, f"{row['step']:,}", f"{row['accuracy']:.1%}") for (run, stage), row in ends.items()]
+    return _table(("model", "stage", "steps", "right"), rows)
+
+
+def ablations_table(results: Results) -> str:
+    """Short runs, mean over their seeds."""
+    groups: dict[str, list[float]] = {}
+    for row in results["rows"]:
+        if row["name"] == "ablation":
+            groups.setdefault(row["run"], []).append(row["accuracy"])
+    rows = [
+        (run, f"{sum(found) / len(found):.1%}", f"{min(found):.1%} to {max(found):.1%}", str(len(found)))
+        for run, found in sorted(groups.items())
+    ]
+    return _table(("short run", "accuracy, mean", "lowest to highest", "seeds"), rows)
 
 
 def engines_table(results: Results) -> str:
@@ -177,9 +230,11 @@ RENDERERS: dict[str, Callable[[Results], str]] = {
     "cpu-export": export_table,
     "cpu-kernels": cpu_kernels_table,
     "cpu-runtime-memory": memory_table,
-    "h200-kernels": kernels_table,
+    "digits-distillation": digits_table,
     "digits-quantization": quantization_table,
     "cpu-calibration": calibration_table,
+    "digits-distillation:stages": stages_table,
+    "digits-distillation:ablations": ablations_table,
     "rtx-engines": engines_table,
     "cpu-seeding": seeding_table,
     "h100-full-size-distillation": distillation_table,
@@ -195,7 +250,7 @@ def rendered(document: str, folder: Path = ROOT) -> str:
         if match[2] == GPU_KERNELS:
             parts = [f"{rendered_file(path, kernels_table)}\n\n{figure(path)}" for path in kernel_plots.of_gpus()]
         else:
-            path = RESULTS / f"{match[2]}.json"
+            path = RESULTS / (match[2].partition(":")[0] + ".json")
             parts = [rendered_file(path, RENDERERS[match[2]])] if path.is_file() else []
         return f"{match[1]}{chr(10).join(parts) or 'Not measured yet.'}\n{match[3]}"
 

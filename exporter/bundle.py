@@ -23,6 +23,8 @@ import mmm_export
 from mmm_export import names
 from mmm_export.errors import OptionError
 from mmm_export.exporter.fusion import fuse_products, write_weights
+from mmm_export.exporter.golden import write_golden
+from mmm_export.exporter.golden_recording import golden_examples, golden_from_examples
 from mmm_export.exporter.graphs import DecoderGraph, EmbeddingGraph, Graph, VisionGraph, layer_output
 from mmm_export.exporter.scan_function import Body, scan_function
 from mmm_export.exporter.trace import OPSET, trace
@@ -62,6 +64,7 @@ class ExportOptions:
         standard_ops: write operators of ONNX opset 27 instead of the custom operator; overrides `body`.
         logits: of the last valid token of each row, or of all tokens.
         rope_scaling: "ignore" as the released hybrid does, or "teacher" to honour rope_scaling of config.json.
+        golden: also run PyTorch on a few prompts, and keep what it computed in the bundle.
         fuse: write the decoder's products with the norms and additions around them as MmmLinear nodes, which only our kernel library
             computes.
     """
@@ -72,6 +75,7 @@ class ExportOptions:
     standard_ops: bool = False
     logits: Literal["last", "all"] = "last"
     rope_scaling: Literal["ignore", "teacher"] = "ignore"
+    golden: bool = False
     fuse: bool = False
 
     def __post_init__(self) -> None:
@@ -108,6 +112,7 @@ def export_bundle(
     Raises:
         CheckpointError: the checkpoint cannot be read, or its weights do not fit the type asked for.
         OutputError: `output` exists and `force` is not set, or the disk is too small.
+        PromptError: the KV cache is too small for the golden prompts.
     """
     options = options or ExportOptions()
     progress = progress or SilentProgress()
@@ -122,6 +127,11 @@ def export_bundle(
         writer = _BundleWriter(source, folder, options, max_tokens, progress)
         graphs, files = writer.write()
         source_sha256 = identity.result()
+        if options.golden:
+            examples = golden_examples(folder, source.spec, max_tokens)
+            golden = golden_from_examples(source, source_sha256, examples, progress=progress)
+            write_golden(folder / names.GOLDEN_FILE, golden)
+            files[names.GOLDEN_FILE] = file_info(folder / names.GOLDEN_FILE)
         manifest = Manifest(
             model=source.spec,
             source=source.folder.resolve().name,

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from mmm_export.engine_manifest import EngineManifest
 from mmm_export.manifest import Dtype, Manifest, QuantizedFormat
 
 Array = npt.NDArray[Any]
@@ -127,8 +128,10 @@ QUANTIZED_TIE: dict[QuantizedFormat, float] = {"int8-weights": 2e-2, "int8": 1e-
 QUANTIZED_SPLIT = (Bound("cosine", 0.999, "an activation at the edge of two levels may be rounded to either"),)
 
 
-def quantized_format(manifest: Manifest) -> QuantizedFormat | None:
-    return None if manifest.quantization is None else manifest.quantization.format
+def quantized_format(manifest: Manifest | EngineManifest) -> QuantizedFormat | None:
+    """Format of a quantized bundle; an engine's manifest does not tell."""
+    found = manifest.quantization if isinstance(manifest, Manifest) else None
+    return None if found is None else found.format
 
 
 def tie_margin(dtype: Dtype, logits: Array, quantized: QuantizedFormat | None = None) -> float:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import onnx
 import onnxruntime
 import torch
@@ -17,38 +15,12 @@ from mmm_export import names
 from mmm_export.environment import environment
 from mmm_export.errors import BundleError
 from mmm_export.exporter.graphs import layer_output
+from mmm_export.exporter.recorded import Array, Example, Recording, greedy
 from mmm_export.manifest import Manifest
 from mmm_export.model.decoder import MmMamba, States
 from mmm_export.model.layers import LayerState, MambaState
 from mmm_export.operator_library import register_library
-from mmm_export.spec import ModelSpec
 from mmm_export.widen import widen_bf16
-
-Array = npt.NDArray[Any]
-
-
-@dataclass
-class Recording:
-    """Values of one prefill and some decode steps after it, as float64 arrays.
-
-    Shapes: image_features (image tokens, hidden); embeds (T, hidden); layers: L x (T, hidden); states: one {name: array} per
-    layer, KV caches cut to their T tokens; logits (vocab,) of the last token; steps: logits (vocab,) after each forced token.
-    """
-
-    image_features: Array
-    embeds: Array
-    layers: list[Array] = field(default_factory=list)
-    states: list[dict[str, Array]] = field(default_factory=list)
-    logits: Array = field(default_factory=lambda: np.zeros(0))
-    steps: list[Array] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class Example:
-    """One input: token ids (T,) int64 and the tiles of its images (tiles, 3, S, S) float32, possibly none."""
-
-    input_ids: npt.NDArray[np.int64]
-    pixel_values: npt.NDArray[np.float32]
 
 
 def record_torch(
@@ -61,7 +33,10 @@ def record_torch(
     T = len(example.input_ids)
     count = len(forced) if forced is not None else new_tokens
     with torch.inference_mode():
-        features = model.image_features(torch.from_numpy(example.pixel_values))
+        if len(example.pixel_values):
+            features = model.image_features(torch.from_numpy(example.pixel_values))
+        else:
+            features = torch.zeros(0, model.spec.hidden_size, dtype=model.dtype)
         embeds = model.embed(torch.from_numpy(example.input_ids)[None], features)
         recording = Recording(_wide(features), _wide(embeds[0]))
         states = model.initial_states(1, T + count)
@@ -85,12 +60,6 @@ def _step_torch(
         scores = _wide(logits[0, 0])
         recording.steps.append(scores)
     return tokens
-
-
-def greedy(logits: Array, spec: ModelSpec) -> int:
-    """The best token that is not an image token: those need an image to be embedded."""
-    order = np.argsort(-logits, kind="stable")
-    return int(next(token for token in order if token != spec.image_token_id))
 
 
 class BundleRecorder:

@@ -8,16 +8,17 @@ from collections.abc import Sequence
 
 from mmm_export.errors import MissingPackageError
 from mmm_export.exporter.comparison import Comparison
-from mmm_export.exporter.verify import ONE_TO_SPLIT, ORACLE_TO_ORT, ORACLE_TO_TORCH, TORCH_TO_ORT, VerifyReport
+from mmm_export.exporter.verify_report import ONE_TO_SPLIT, ORACLE_TO_ORT, ORACLE_TO_TORCH, TORCH_TO_ORT, VerifyReport
+from mmm_export.manifest import Manifest
 
-HOPS = (TORCH_TO_ORT, ORACLE_TO_ORT, ORACLE_TO_TORCH, ONE_TO_SPLIT)
+HOPS = (TORCH_TO_ORT, ORACLE_TO_ORT, ORACLE_TO_TORCH, ONE_TO_SPLIT)  # in this order; others as they come
 COLUMNS = ("value", "max abs", "relative", "L2", "1 - cosine", "KL", "verdict")
 
 
 def table_rows(report: VerifyReport) -> list[tuple[str, ...]]:
     """One row for each kind of value of each hop, the worst layer standing for all: hop first, then COLUMNS."""
     rows: list[tuple[str, ...]] = []
-    for hop in HOPS:
+    for hop in _hops(report):
         groups: dict[str, list[Comparison]] = {}
         for row in report.comparisons:
             if row.hop == hop:
@@ -57,13 +58,15 @@ def html_report(report: VerifyReport) -> str:
             ("Error of each layer's output", _plot(report, "output")),
             ("Error of each layer's state", _plot(report, "state")),
         )
+        if svg
     )
     manifest = report.manifest
+    is_bundle = isinstance(manifest, Manifest)
     facts = {
-        "bundle": report.bundle,
-        "checkpoint": report.checkpoint,
+        "bundle" if is_bundle else "engine": report.bundle,
+        "compared with": report.checkpoint,
         "type": manifest.dtype,
-        "scan": manifest.body,
+        "scan": manifest.body if isinstance(manifest, Manifest) else f"plugin, {manifest.flavor}",
         "layers": f"{manifest.model.layers}, {len(manifest.model.attention_layers)} of them attention",
         "prompt": f"{report.prompt_tokens} tokens, {report.image_tokens} of them image",
         "tools": ", ".join(f"{name} {version}" for name, version in manifest.tools.items()),
@@ -80,6 +83,11 @@ def html_report(report: VerifyReport) -> str:
         worst=_html_table(table_rows(report)),
         all_rows=_html_table(rows),
     )
+
+
+def _hops(report: VerifyReport) -> list[str]:
+    found = list(dict.fromkeys(row.hop for row in report.comparisons))
+    return [hop for hop in HOPS if hop in found] + [hop for hop in found if hop not in HOPS]
 
 
 def _group(row: Comparison) -> str:
@@ -111,7 +119,7 @@ def _token_line(report: VerifyReport) -> str:
 
 
 def _plot(report: VerifyReport, kind: str) -> str:
-    """SVG of relative L2 error against layer, a line for each hop."""
+    """SVG of relative L2 error against layer, a line for each hop; "" when nothing of the kind was compared."""
     try:
         import matplotlib
     except ImportError as error:
@@ -123,13 +131,16 @@ def _plot(report: VerifyReport, kind: str) -> str:
     from matplotlib import pyplot, ticker
 
     figure, axes = pyplot.subplots(figsize=(8, 3.2), layout="constrained")
-    for hop in HOPS:
+    for hop in _hops(report):
         points: dict[int, float] = {}
         for row in report.comparisons:
             if row.hop == hop and row.layer is not None and (row.what.endswith("output") == (kind == "output")):
                 points[row.layer] = max(points.get(row.layer, 0.0), row.l2)
         if points:
             axes.plot(list(points), [max(v, 1e-17) for v in points.values()], marker="o", markersize=3, label=hop)
+    if not axes.lines:
+        pyplot.close(figure)
+        return ""
     axes.set(yscale="log", xlabel="layer", ylabel="relative L2 error")
     axes.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
     axes.grid(visible=True, alpha=0.3)

@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from mmm_export.engine_manifest import EngineManifest
 from mmm_export.errors import BundleError, OptionError, PromptError
-from mmm_export.exporter.comparison import (
-    Bound,
-    Comparison,
-    compare,
-    layer_bounds,
-    logits_bounds,
-    quantized_format,
-    split_bounds,
-    tie_margin,
+from mmm_export.exporter.comparison import layer_bounds, logits_bounds, quantized_format, split_bounds
+from mmm_export.exporter.golden_recording import PROMPT, pattern_tile, spread_ids
+from mmm_export.exporter.recorded import Example
+from mmm_export.exporter.recording import BundleRecorder, record_torch
+from mmm_export.exporter.verify_report import (
+    ORACLE_TO_ORT,
+    ORACLE_TO_TORCH,
+    TORCH_TO_ORT,
+    VerifyReport,
+    check_tokens,
+    compare_prefill,
+    compare_split,
+    compare_steps,
 )
-from mmm_export.exporter.recording import BundleRecorder, Example, Recording, greedy, record_torch
 from mmm_export.images import load_image, tiles_from_image
 from mmm_export.manifest import Manifest, check_files, read_manifest
 from mmm_export.model import scan
@@ -29,13 +32,7 @@ from mmm_export.model.weights import load_model
 from mmm_export.names import TOKENIZER_MODEL_FILE
 from mmm_export.operator_library import CPU_PROVIDER, choose_library
 from mmm_export.progress import Progress, SilentProgress
-from mmm_export.spec import ModelSpec
 from mmm_export.text import Tokenizer, chat_prompt
-
-TORCH_TO_ORT = "PyTorch fp32 -> ONNX Runtime"
-ORACLE_TO_ORT = "float64 -> ONNX Runtime"
-ORACLE_TO_TORCH = "float64 -> PyTorch fp32"
-ONE_TO_SPLIT = "one prefill -> prefill, then steps"
 
 
 @dataclass(frozen=True)
@@ -64,38 +61,6 @@ class VerifyOptions:
                 raise OptionError(f"{name} is too small", found=str(value), wanted=f"at least {least}")
 
 
-@dataclass(frozen=True)
-class TokenCheck:
-    """Greedy tokens of both sides, and where they part first; that is excused when the two tokens are a tie, see `tie_margin`."""
-
-    wanted: tuple[int, ...]
-    found: tuple[int, ...]
-    first_difference: int | None
-    excused: bool
-
-    @property
-    def passed(self) -> bool:
-        return self.first_difference is None or self.excused
-
-
-@dataclass(frozen=True)
-class VerifyReport:
-    """The verdict and everything it rests on."""
-
-    bundle: str
-    checkpoint: str
-    manifest: Manifest
-    prompt_tokens: int
-    image_tokens: int
-    comparisons: tuple[Comparison, ...]
-    tokens: TokenCheck
-    notes: tuple[str, ...]
-
-    @property
-    def passed(self) -> bool:
-        return self.tokens.passed and all(row.passed for row in self.comparisons)
-
-
 def verify_bundle(
     bundle: Path | str,
     checkpoint: Path | str,
@@ -119,8 +84,8 @@ def verify_bundle(
     manifest = read_manifest(folder)
     with progress.stage("check files"):
         check_files(folder, manifest)
-        source = _open_source(Path(checkpoint), manifest)
-    example, stand_ins = _example(folder, manifest, options)
+        source = open_source(Path(checkpoint), manifest)
+    example, stand_ins = prompt_example(folder, manifest, options)
     if manifest.max_tokens and len(example.input_ids) + options.new_tokens > manifest.max_tokens:
         raise PromptError(
             "the prompt does not fit the KV cache of the bundle",
@@ -143,13 +108,13 @@ def verify_bundle(
         parted = recorder.record(example, split=split)
     quantized = quantized_format(manifest)
     rows = [
-        *_compare_all(TORCH_TO_ORT, found, wanted, logits_bounds(manifest.dtype, quantized), ()),
-        *_compare_steps(found, wanted, logits_bounds(manifest.dtype, quantized)),
-        *_compare_split(parted, found, split_bounds(manifest.dtype, quantized)),
+        *compare_prefill(TORCH_TO_ORT, found, wanted, logits_bounds(manifest.dtype, quantized), ()),
+        *compare_steps(found, wanted, logits_bounds(manifest.dtype, quantized)),
+        *compare_split(parted, found, split_bounds(manifest.dtype, quantized)),
     ]
     if oracle is not None:
-        rows += _compare_all(ORACLE_TO_ORT, found, oracle, (), layer_bounds(manifest.dtype, quantized))
-        rows += _compare_all(ORACLE_TO_TORCH, wanted, oracle, (), layer_bounds("fp32"))
+        rows += compare_prefill(ORACLE_TO_ORT, found, oracle, (), layer_bounds(manifest.dtype, quantized))
+        rows += compare_prefill(ORACLE_TO_TORCH, wanted, oracle, (), layer_bounds("fp32"))
     return VerifyReport(
         str(folder),
         str(checkpoint),
@@ -162,7 +127,7 @@ def verify_bundle(
     )
 
 
-def _open_source(folder: Path, manifest: Manifest) -> Checkpoint:
+def open_source(folder: Path, manifest: Manifest | EngineManifest) -> Checkpoint:
     scaled = any(stack.rope.scaling != "none" for stack in (manifest.model.embedding, manifest.model.llm))
     source = Checkpoint.open(folder, rope_scaling="teacher" if scaled else "ignore")
     identity = source.sha256()
@@ -176,84 +141,29 @@ def _open_source(folder: Path, manifest: Manifest) -> Checkpoint:
     return source
 
 
-def _example(folder: Path, manifest: Manifest, options: VerifyOptions) -> tuple[Example, list[str]]:
+def prompt_example(
+    folder: Path, manifest: Manifest | EngineManifest, options: VerifyOptions
+) -> tuple[Example, list[str]]:
     """Token ids and tiles of the prompt and images asked for, or stand-ins; and a sentence for each stand-in."""
     spec = manifest.model
     notes = []
     parts = [tiles_from_image(load_image(path), spec.vision) for path in options.images]
     if not parts:
-        parts = [_pattern(spec)]
+        parts = [pattern_tile(spec)]
         notes.append("No image was given: a generated pattern of one tile stood in.")
     asked = options.prompt is not None or bool(options.images)
     if not asked and not (folder / TOKENIZER_MODEL_FILE).is_file():
         # A checkpoint may come without a tokenizer; its graphs can still be checked.
         notes.append("The bundle has no tokenizer: token ids spread over the vocabulary stood in for a prompt.")
-        ids = _ids_without_tokenizer(spec)
+        ids = spread_ids(spec)
     else:
         text = chat_prompt(
-            "What is in this picture?" if options.prompt is None else options.prompt,
+            PROMPT if options.prompt is None else options.prompt,
             tile_counts=[len(part) for part in parts],
             tokens_per_tile=spec.vision.tokens_per_tile,
         )
         ids = Tokenizer.from_folder(folder).encode(text)
     return Example(np.asarray(ids, dtype=np.int64), np.concatenate(parts)), notes
-
-
-def _pattern(spec: ModelSpec) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
-    """One tile of smooth waves, of the magnitude of a normalised image: (1, 3, S, S)."""
-    S = spec.vision.tile_size
-    rows, columns = np.mgrid[0:S, 0:S] / S
-    waves = [np.sin(2 * np.pi * (k * rows + (4 - k) * columns)) for k in range(1, 1 + spec.vision.channels)]
-    return np.stack(waves)[None].astype(np.float32)
-
-
-def _ids_without_tokenizer(spec: ModelSpec) -> list[int]:
-    """Text ids spread over the vocabulary around the image tokens of one tile."""
-    text = [int(i) for i in np.linspace(3, spec.vocab_size - 1, 24) if int(i) != spec.image_token_id]
-    return text[:12] + [spec.image_token_id] * spec.vision.tokens_per_tile + text[12:]
-
-
-def _compare_all(
-    hop: str, found: Recording, wanted: Recording, logits: tuple[Bound, ...], layers: tuple[Bound, ...]
-) -> list[Comparison]:
-    """Every value of a prefill, in the order it is computed."""
-    rows = [
-        compare("image features", hop, found.image_features, wanted.image_features),
-        compare("embeddings", hop, found.embeds, wanted.embeds),
-    ]
-    for i, (output, output_wanted) in enumerate(zip(found.layers, wanted.layers, strict=True)):
-        rows.append(compare(f"layer {i} output", hop, output, output_wanted, layer=i, bounds=layers))
-        for name, state in found.states[i].items():
-            rows.append(compare(f"layer {i} {name}", hop, state, wanted.states[i][name], layer=i, bounds=layers))
-    rows.append(compare("logits", hop, found.logits, wanted.logits, bounds=logits, logits=True))
-    return rows
-
-
-def _compare_steps(found: Recording, wanted: Recording, bounds: tuple[Bound, ...]) -> list[Comparison]:
-    pairs = enumerate(zip(found.steps, wanted.steps, strict=True), 1)
-    return [compare(f"logits of step {i}", TORCH_TO_ORT, f, w, bounds=bounds, logits=True) for i, (f, w) in pairs]
-
-
-def _compare_split(parted: Recording, whole: Recording, bounds: tuple[Bound, ...]) -> list[Comparison]:
-    rows = [compare("logits", ONE_TO_SPLIT, parted.logits, whole.logits, bounds=bounds, logits=True)]
-    for i, states in enumerate(whole.states):
-        for name, state in states.items():
-            what = f"layer {i} {name}"
-            rows.append(compare(what, ONE_TO_SPLIT, parted.states[i][name], state, layer=i, bounds=bounds))
-    return rows
-
-
-def check_tokens(found: Recording, wanted: Recording, forced: Sequence[int], manifest: Manifest) -> TokenCheck:
-    """Greedy choices after the prompt and after each forced token: equal as long as both would have written the same text."""
-    steps_found = [found.logits, *found.steps][: len(forced)]
-    steps_wanted = [wanted.logits, *wanted.steps][: len(forced)]
-    chosen = [greedy(logits, manifest.model) for logits in steps_found]
-    for i, (token, right) in enumerate(zip(chosen, forced, strict=True)):
-        if token != right:
-            margin = float(steps_wanted[i][right] - steps_wanted[i][token])
-            tie = tie_margin(manifest.dtype, steps_wanted[i], quantized_format(manifest))
-            return TokenCheck(tuple(forced), tuple(chosen), i, margin <= tie)
-    return TokenCheck(tuple(forced), tuple(chosen), None, False)
 
 
 def _notes(manifest: Manifest, library: Path | None) -> tuple[str, ...]:

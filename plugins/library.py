@@ -10,8 +10,9 @@ from typing import Any
 
 from mmm_export.errors import KernelError
 from mmm_export.library_file import check_library_file
+from mmm_export.plugin_files import KERNEL_ABI
 
-ABI_VERSION = 2
+ABI_VERSION = KERNEL_ABI
 STATUS_TEXT_BYTES = 384
 FUNCTIONS = (
     "mmm_abi_version",

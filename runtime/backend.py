@@ -15,7 +15,9 @@ class Backend(Protocol):
     """One loaded model and the state of one sequence.
 
     `advance` and `write_state` take effect as a whole or not at all: when they raise, the state and `tokens` are those
-    of before the call. A session relies on it, and finds out from `tokens` whether an interrupted call took effect.
+    of before the call. A session relies on it, and finds out from `tokens` whether an interrupted call took effect. A backend
+    that updates states in place may lose them instead when its engine fails: then `tokens` is that of before, and all calls but
+    `write_state`, `clear` and `close` raise until one of those made the state whole.
     """
 
     @property

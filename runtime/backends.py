@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
-from mmm_export.manifest import Manifest
-from mmm_export.operator_library import CUDA_PROVIDER
+from mmm_export.manifest import Manifest, check_files, read_manifest
+from mmm_export.operator_library import CUDA_PROVIDER, choose_library
 from mmm_export.runtime.backend import Backend
+from mmm_export.runtime.graph_loading import check_requirements, providers_from_names
 from mmm_export.runtime.onnxruntime_backend import OnnxRuntimeBackend
 from mmm_export.runtime.onnxruntime_cuda_backend import OnnxRuntimeCudaBackend
 
@@ -21,3 +23,19 @@ def onnxruntime_backend(
     if providers[0] == CUDA_PROVIDER:
         return OnnxRuntimeCudaBackend(folder, manifest, threads=threads, library=library)
     return OnnxRuntimeBackend(folder, manifest, providers=providers, threads=threads, library=library)
+
+
+def open_bundle(
+    folder: Path, providers: Sequence[str] | None, threads: int | None, kernels: str | Path, check_content: bool
+) -> tuple[Manifest, Backend, Path | None]:
+    """Check and open a bundle, and return with it the library that computes its scan, None for the function body.
+
+    Args and Raises: as of `Session.open`.
+    """
+    manifest = read_manifest(folder)
+    chosen = providers_from_names(providers)
+    library = choose_library(kernels, manifest, chosen)
+    check_requirements(folder, manifest, chosen, library)
+    check_files(folder, manifest, content=check_content)  # last: it reads gigabytes
+    backend = onnxruntime_backend(folder, manifest, providers=chosen, threads=threads, library=library)
+    return manifest, backend, library

@@ -123,7 +123,7 @@ class Context:
                 images = int(np.count_nonzero(chunk == self.spec.image_token_id))
                 logits = self._backend.advance(chunk, features.take(images))
         except BaseException:
-            if len(chunks) > 1 and self._backend.tokens != before:
+            if len(chunks) > 1 and (kept is not None or self._backend.tokens != before):
                 self._is_broken = True  # until the state is back; a second Ctrl-C could come in between
                 if kept is None:
                     self._backend.clear()

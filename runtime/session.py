@@ -13,8 +13,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from mmm_export import names
+from mmm_export.engine_manifest import EngineManifest, folder_kind
 from mmm_export.errors import BundleError, MmmError, OptionError
-from mmm_export.manifest import Manifest, check_files, read_manifest
+from mmm_export.manifest import Manifest
 from mmm_export.runtime.backend import Backend
 from mmm_export.runtime.context import Context
 from mmm_export.runtime.generation import Generation, Turn
@@ -49,7 +50,7 @@ class Session:
     def __init__(
         self,
         folder: Path,
-        manifest: Manifest,
+        manifest: Manifest | EngineManifest,
         backend: Backend,
         *,
         chunk_tokens: int = DEFAULT_CHUNK_TOKENS,
@@ -76,19 +77,21 @@ class Session:
         kernels: str | Path = "auto",
         check_content: bool = True,
     ) -> Session:
-        """Open a bundle with ONNX Runtime.
+        """Open a bundle with ONNX Runtime, or an engine with the TensorRT that it was built for.
 
         Args:
-            path: folder written by `mmm-export onnx`.
+            path: folder written by `mmm-export onnx` or `mmm-export trt`. An engine takes neither providers nor threads.
             providers: execution providers in order of preference, such as "cuda"; None for the CPU.
             chunk_tokens: a prompt is read in chunks of so many tokens; memory grows with it and not with the prompt.
             threads: to compute with; None for one a core.
             kernels: what computes the scan of linear layers. "auto": the library of `mmm-export plugins build` when there is one
                 that fits, else the function body in the graph; "none": the body; or the path of a libmmm_onnxruntime.so.
+                Of an engine: its own plugin, or the path of the libmmm_tensorrt.so to load instead.
             check_content: compare the SHA-256 of every file with the manifest, some seconds for gigabytes.
 
         Raises:
             BundleError: no bundle, damaged, of another version, or nothing that this machine can run.
+            EngineError, MissingPackageError: likewise for an engine; see `mmm_export.runtime.tensorrt.opening`.
             OptionError: a value that is not allowed, a provider that ONNX Runtime does not have, or no such library.
             KernelError: the kernel library cannot be used.
 
@@ -98,23 +101,23 @@ class Session:
                 raise OptionError(f"{name} is out of range", found=repr(value), wanted="a whole number of at least 1")
         if isinstance(providers, str):
             providers = [providers]  # one name is that name, and not its letters
-        # Imported here: a state file can be inspected where ONNX Runtime is not installed.
-        from mmm_export.operator_library import choose_library
-        from mmm_export.runtime.backends import onnxruntime_backend
-        from mmm_export.runtime.graph_loading import check_requirements, providers_from_names
-
         folder = Path(path)
-        manifest = read_manifest(folder)
-        chosen = providers_from_names(providers)
-        library = choose_library(kernels, manifest, chosen)
-        check_requirements(folder, manifest, chosen, library)
-        check_files(folder, manifest, content=check_content)  # last: it reads gigabytes
-        backend = onnxruntime_backend(folder, manifest, providers=chosen, threads=threads, library=library)
+        if folder_kind(folder) == "engine":
+            from mmm_export.runtime.engine_session import open_engine_backend
+
+            engine, backend, chunk = open_engine_backend(
+                folder, providers, threads, kernels, chunk_tokens, check_content
+            )
+            return cls(folder, engine, backend, chunk_tokens=chunk)
+        # Imported here: a state file can be inspected where ONNX Runtime is not installed.
+        from mmm_export.runtime.backends import open_bundle
+
+        manifest, backend, library = open_bundle(folder, providers, threads, kernels, check_content)
         return cls(folder, manifest, backend, chunk_tokens=chunk_tokens, kernels=library)
 
     @property
-    def manifest(self) -> Manifest:
-        """What the bundle is."""
+    def manifest(self) -> Manifest | EngineManifest:
+        """What the bundle or engine is."""
         return self._manifest
 
     @property

@@ -20,9 +20,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmm_export.errors import OptionError, OutputError, StateFileError
-from mmm_export.manifest import Manifest
 from mmm_export.runtime.context import Context, ContextSnapshot
 from mmm_export.runtime.state_file import read_state, write_state
+from mmm_export.runtime.state_layout import ModelFolder
 
 DEFAULT_MAX_BYTES = 2 << 30
 _FILE = re.compile(r"([0-9a-f]{16})-(\d{1,10})-([0-9a-f]{32})\.state")
@@ -54,7 +54,7 @@ class StateCache:
     def __init__(
         self,
         folder: Path | str,
-        manifest: Manifest,
+        manifest: ModelFolder,
         *,
         max_bytes: int = DEFAULT_MAX_BYTES,
         report: Callable[[str], None] | None = None,
@@ -138,7 +138,7 @@ class StateCache:
 class _PrefixDigests:
     """Hashes of the beginnings of one prompt: its ids, and the tiles that its image tokens stand for."""
 
-    def __init__(self, ids: Ids, pixels: Pixels | None, manifest: Manifest) -> None:
+    def __init__(self, ids: Ids, pixels: Pixels | None, manifest: ModelFolder) -> None:
         self._ids = ids
         self._pixels = pixels
         self._image_tokens = np.cumsum(ids == manifest.model.image_token_id)

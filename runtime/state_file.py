@@ -18,10 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmm_export.errors import StateFileError
-from mmm_export.manifest import Manifest
 from mmm_export.output import output_file
 from mmm_export.runtime.context import ContextSnapshot
-from mmm_export.runtime.state_layout import StateTensor, state_layout
+from mmm_export.runtime.state_layout import ModelFolder, StateTensor, state_layout
 
 FORMAT = 1
 KIND = "mmm-export state"
@@ -74,7 +73,7 @@ def read_state_header(path: Path | str) -> StateHeader:
     return header
 
 
-def write_state(path: Path | str, manifest: Manifest, snapshot: ContextSnapshot) -> None:
+def write_state(path: Path | str, manifest: ModelFolder, snapshot: ContextSnapshot) -> None:
     """Write a snapshot to a file that appears only when it is complete.
 
     Raises:
@@ -103,7 +102,7 @@ def write_state(path: Path | str, manifest: Manifest, snapshot: ContextSnapshot)
             stream.write(_bytes(arrays[tensor.name]))
 
 
-def read_state(path: Path | str, manifest: Manifest) -> ContextSnapshot:
+def read_state(path: Path | str, manifest: ModelFolder) -> ContextSnapshot:
     """Read and check a state that was saved from this very bundle.
 
     Raises:
@@ -133,11 +132,11 @@ def read_state(path: Path | str, manifest: Manifest) -> ContextSnapshot:
     return ContextSnapshot(arrays, rows, header.unfed, header.last_token, seen)
 
 
-def _vocabulary(manifest: Manifest) -> int:
+def _vocabulary(manifest: ModelFolder) -> int:
     return manifest.model.vocab_size + manifest.model.special_tokens
 
 
-def _tensors(manifest: Manifest) -> list[StateTensor]:
+def _tensors(manifest: ModelFolder) -> list[StateTensor]:
     return [*state_layout(manifest), StateTensor(SEEN, ((_vocabulary(manifest) + 7) // 8,), "uint8")]
 
 
@@ -242,7 +241,7 @@ def _index(value: object) -> int:
     return value
 
 
-def _check_model(path: Path, header: StateHeader, manifest: Manifest) -> None:
+def _check_model(path: Path, header: StateHeader, manifest: ModelFolder) -> None:
     if header.model_sha256 != manifest.model_sha256:
         raise StateFileError(
             f"{path} belongs to another model",
@@ -252,7 +251,7 @@ def _check_model(path: Path, header: StateHeader, manifest: Manifest) -> None:
         )
 
 
-def _check_position(path: Path, header: StateHeader, manifest: Manifest) -> None:
+def _check_position(path: Path, header: StateHeader, manifest: ModelFolder) -> None:
     vocabulary = _vocabulary(manifest)
     capacity = manifest.max_tokens if manifest.model.attention_layers else header.tokens
     ids = (*header.unfed, max(header.last_token, 0))

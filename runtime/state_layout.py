@@ -4,18 +4,34 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from mmm_export import names
-from mmm_export.manifest import Dtype, Manifest
+from mmm_export.manifest import Dtype
+from mmm_export.spec import ModelSpec
 
 # numpy has no bfloat16; its bits travel as uint16, since a runtime only moves states and never computes with them.
 STORAGE: dict[str, Any] = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16, "uint8": np.uint8}
 GRAPH_DTYPE: dict[Dtype, str] = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 TOKEN_AXIS = 2  # of a KV cache, (1, kv_heads, max_tokens, head_dim)
+
+
+class ModelFolder(Protocol):
+    """What the manifests of a bundle and of an engine have in common."""
+
+    @property
+    def model(self) -> ModelSpec: ...
+    @property
+    def source(self) -> str: ...
+    @property
+    def dtype(self) -> Dtype: ...
+    @property
+    def max_tokens(self) -> int: ...
+    @property
+    def model_sha256(self) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -47,7 +63,7 @@ class StateTensor:
         return (*self.shape[:TOKEN_AXIS], tokens, *self.shape[TOKEN_AXIS + 1 :])
 
 
-def state_layout(manifest: Manifest) -> tuple[StateTensor, ...]:
+def state_layout(manifest: ModelFolder) -> tuple[StateTensor, ...]:
     """List the state tensors of one sequence in layer order: conv and SSM states, or keys and values."""
     spec = manifest.model
     dtype = GRAPH_DTYPE[manifest.dtype]

@@ -116,7 +116,7 @@ class _Build:
         }
         with self.progress.stage("write embedding table, tokenizer and manifest"):
             embedding = write_embedding_table(self.plan.bundle, self.folder)
-            for name in names.TOKENIZER_FILES:
+            for name in (*names.TOKENIZER_FILES, names.GOLDEN_FILE):
                 if name in self.plan.manifest.files:
                     shutil.copyfile(self.plan.bundle / name, self.folder / name)
             plugin = self._place_plugin()

@@ -1,13 +1,14 @@
-"""The whole flow on a tiny random model and a photograph: what a new user runs first."""
+"""The whole flow on a small trained model and pictures it has never seen: what a new user runs first."""
 
 from __future__ import annotations
 
+import io
 import shlex
 import time
-from collections.abc import Callable
-from importlib.util import find_spec
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING
 
 import click
 
@@ -16,92 +17,144 @@ from mmm_export.errors import MmmError
 from mmm_export.onnxruntime_support import best_body
 from mmm_export.output import output_file, output_folder
 
-QUESTION = "What is in the picture?"
-NEW_TOKENS = 24
-# Seed 0 of a random model: any seed is as good, one seed makes two runs comparable.
-SEED = 0
+if TYPE_CHECKING:
+    from mmm_export.evaluation.samples import Sample
+
+SHOWN = 18  # questions asked one by one: each kind twice
+COUNTED = 180  # questions of the evaluation, those among them
+MAX_TOKENS = 128  # of the KV cache in a hybrid or the teacher: a picture and a question are 48
+PICTURES = "pictures"
+PAGE = "demo.html"
 
 
-def run_demo(folder: Path, run: Callable[[list[str]], int]) -> None:
-    """Write, export, verify and ask; each step prints its title, its command and its time.
+@dataclass(frozen=True)
+class Shown:
+    """A question that was asked: the picture as PNG, the question, what the model said, and the truth."""
+
+    picture: bytes
+    kind: str
+    question: str
+    said: str
+    truth: str
+    is_right: bool
+
+
+def demo_checkpoint(kind: str) -> Path:
+    """Find a trained demo model, "linear", "hybrid" or "teacher", in the package or the checkout.
+
+    Raises:
+        MmmError: this installation has none.
+    """
+    import mmm_export
+
+    folder = Path(mmm_export.__file__).parent / names.DEMO_MODELS / kind
+    if not (folder / names.CONFIG_FILE).is_file():
+        raise MmmError(
+            f"the demo model {kind} is not there",
+            found=f"no {names.CONFIG_FILE} in {folder}",
+            wanted="the checkpoints that come with mmm-export",
+            hint="install mmm-export again, or run from a checkout",
+        )
+    return folder
+
+
+def run_demo(folder: Path, kind: str, run: Callable[[list[str]], int]) -> None:
+    """Export, verify, count right answers, and ask; each step prints its title, its command and its time.
 
     Args:
-        folder: gets `checkpoint/`, `bundle/`, `report.html` and `photograph.png`; those of an earlier run are replaced.
+        folder: gets `bundle/`, `pictures/`, `report.html` and `demo.html`; those of an earlier run are replaced.
+        kind: which of the demo models.
         run: runs a command line of this program and returns its exit code; a failed one has told its error.
 
     Raises:
         MmmError: a step failed.
     """
+    from mmm_export.evaluation.samples import read_samples
+
     begin = time.perf_counter()
-    checkpoint, bundle, photograph = folder / "checkpoint", folder / "bundle", folder / "photograph.png"
+    checkpoint, bundle, pictures = demo_checkpoint(kind), folder / "bundle", folder / PICTURES
+    samples = read_samples("digits", SHOWN)
+    _write_pictures(pictures, samples)
+    first = pictures / _picture_name(0)
     steps: list[tuple[str, list[str]]] = [
         ("Look at the checkpoint", ["inspect", str(checkpoint)]),
-        ("Export it to ONNX", ["onnx", str(checkpoint), "-o", str(bundle), "--body", best_body(), "--force"]),
         (
-            "Prove that the bundle computes what PyTorch computes",
+            "Export it to ONNX",
             [
-                *("verify", str(bundle), "--checkpoint", str(checkpoint)),
-                *("--image", str(photograph), "--report", str(folder / "report.html")),
+                *("onnx", str(checkpoint), "-o", str(bundle), "--body", best_body(), "--force"),
+                *([] if kind == "linear" else ["--max-tokens", str(MAX_TOKENS)]),
             ],
         ),
         (
-            "Ask it about a photograph",
-            ["run", str(bundle), "--prompt", QUESTION, "--image", str(photograph), "--max-new-tokens", str(NEW_TOKENS)],
+            "Prove that the bundle computes what PyTorch computes",
+            [
+                *("verify", str(bundle), "--checkpoint", str(checkpoint), "--prompt", samples[0].question),
+                *("--image", str(first), "--report", str(folder / "report.html")),
+            ],
         ),
+        (
+            "Count right answers about pictures it has never seen",
+            ["evaluate", str(bundle), "--task", "digits", "--limit", str(COUNTED)],
+        ),
+        ("Ask it", ["run", str(bundle), "--image", str(first), "--prompt", samples[0].question]),
     ]
     total = len(steps) + 1
-    click.echo(
-        "The weights of this model are random, so its answer is nonsense; all else is as with a trained model.\n"
-    )
-
-    _announce(1, total, "Write a tiny checkpoint in the released layout, and a photograph")
-    step_begin = time.perf_counter()
-    vocabulary = _write_inputs(checkpoint, photograph)
-    click.echo(f"(vocabulary: {vocabulary}; {time.perf_counter() - step_begin:.1f} s)\n")
-
-    for number, (title, command) in enumerate(steps, start=2):
-        _announce(number, total, title)
-        click.echo(f"$ mmm-export {shlex.join(command)}")
+    for number, (title, command) in enumerate(steps, start=1):
+        click.echo(f"[{number}/{total}] {title}\n$ mmm-export {shlex.join(command)}")
         step_begin = time.perf_counter()
         if run(command) != 0:
             raise MmmError(f"the demonstration stopped at step {number} of {total}", found="the error above")
         click.echo(f"({time.perf_counter() - step_begin:.1f} s)\n")
+    click.echo(f"[{total}/{total}] Ask it about more pictures of the test set\n")
+    shown = ask(bundle, samples)
+    _show(shown, pictures)
+    from mmm_export.rendering.demo import demo_page
+
+    page = folder / PAGE
+    with output_file(page) as path:
+        path.write_text(demo_page(kind, shown), encoding="utf-8")
+    right = sum(one.is_right for one in shown)
+    click.echo(f"{right} of {len(shown)} right. {page} shows them with their pictures.")
     click.echo(f"Done in {time.perf_counter() - begin:.0f} s. {folder} holds all that was written.")
 
 
-def _announce(number: int, total: int, title: str) -> None:
-    click.echo(f"[{number}/{total}] {title}")
+def ask(bundle: Path, samples: Sequence[Sample]) -> list[Shown]:
+    """Ask a bundle every sample."""
+    from mmm_export.evaluation.answering import AnswerOptions, opened
+    from mmm_export.evaluation.scoring import ask_all
+
+    with opened(bundle, AnswerOptions()) as (_, answer):
+        answered = ask_all(samples, answer)
+    return [
+        Shown(_png(one.sample), one.sample.kind, one.sample.question, one.said.strip(), one.sample.answer, one.is_right)
+        for one in answered
+    ]
 
 
-def _write_inputs(checkpoint: Path, photograph: Path) -> str:
-    """Write the model and the picture; returns where the vocabulary comes from."""
-    from mmm_export.model.testing import tiny_spec, vocab_size_for, write_checkpoint
+def _show(shown: Sequence[Shown], pictures: Path) -> None:
+    from mmm_export.rendering.demo import picture_lines, shows_pictures
 
-    tokenizer = _real_vocabulary()
-    sizes = {"vocab_size": vocab_size_for(tokenizer)} if tokenizer else {}
-    spec = tiny_spec(
-        heads=4, kv_heads=2, head_dim=64, embedding_layers=2, llm_layers=6, tile_size=448, patch_size=14, **sizes
-    )
-    with output_folder(checkpoint, force=True, marker=names.CONFIG_FILE) as temporary:
-        write_checkpoint(temporary, spec, seed=SEED, dtype="bf16", tokenizer=tokenizer)
-    _write_photograph(photograph)
-    return "32 thousand pieces of mistral-common" if tokenizer else "a small one, since mistral-common is not installed"
+    drawn = shows_pictures()
+    for number, one in enumerate(shown):
+        if drawn and number < len(shown) // 2:  # each kind once: pictures are long
+            click.echo("\n".join(picture_lines(one.picture)))
+        click.echo(f"{pictures / _picture_name(number)}\n  {one.question}")
+        click.echo(f"  answer: {one.said}   truth: {one.truth}   {'right' if one.is_right else 'WRONG'}\n")
 
 
-def _real_vocabulary() -> Path | None:
-    """Find the SentencePiece model that mistral-common ships, without importing that package and all it needs."""
-    spec = find_spec("mistral_common")
-    for place in (spec.submodule_search_locations or []) if spec else []:
-        path = Path(place) / "data" / "tokenizer.model.v1"
-        if path.is_file():
-            return path
-    return None
+def _write_pictures(folder: Path, samples: Sequence[Sample]) -> None:
+    with output_folder(folder, force=True, marker=_picture_name(0)) as temporary:
+        for number, sample in enumerate(samples):
+            (temporary / _picture_name(number)).write_bytes(_png(sample))
 
 
-def _write_photograph(path: Path) -> None:
-    """Save scikit-image's picture of Eileen Collins (NASA, public domain), 512 x 512: one tile."""
-    from PIL import Image
-    from skimage import data
+def _picture_name(number: int) -> str:
+    return f"test-{number:02}.png"
 
-    with output_file(path) as temporary:
-        Image.fromarray(cast(Any, data).astronaut()).save(temporary, format="PNG")
+
+def _png(sample: Sample) -> bytes:
+    from mmm_export.images import load_image
+
+    stream = io.BytesIO()
+    load_image(sample.images[0]).save(stream, format="PNG")
+    return stream.getvalue()

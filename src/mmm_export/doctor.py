@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -15,7 +16,15 @@ from pathlib import Path
 from typing import Any
 
 from mmm_export import __version__
-from mmm_export.plugin_files import find_library
+from mmm_export.engine_manifest import FLAVORS, Flavor
+from mmm_export.plugin_files import Kind, find_library
+from mmm_export.tensorrt_packages import (
+    CUDA_HINT,
+    CUDA_MODULES,
+    TENSORRT_HINTS,
+    TENSORRT_MODULES,
+    find_module,
+)
 
 COMMAND_TIMEOUT_S = 10  # nvidia-smi hangs on some broken drivers
 
@@ -44,13 +53,18 @@ def examine() -> list[Finding]:
         Finding("Python", f"{platform.python_version()} ({sys.executable})", "everything; 3.10 to 3.13"),
         Finding("platform", _platform(), "everything; Linux"),
         Finding("onnxruntime", _onnxruntime(), "run, verify", "pip install onnxruntime"),
-        Finding("operator library", _operator_library(), "run: a faster scan", "mmm-export plugins build"),
+        Finding("operator library", _library("onnxruntime"), "run: a faster scan", "mmm-export plugins build"),
         *(_package(*row) for row in _PACKAGES),
         Finding("NVIDIA driver", _gpus(), "run on a GPU", "install the driver of the GPU; a CPU needs none"),
-        Finding("nvcc", _nvcc(), "compiling GPU kernels (planned)", "install the CUDA toolkit"),
-        Finding("cmake", _version_line("cmake"), "compiling GPU kernels (planned)", "pip install cmake"),
-        *(_package(name, use, hint, (name, f"{name}_cu12", f"{name}_cu13")) for name, use, hint in _TENSORRT),
-        Finding("trtexec", shutil.which("trtexec"), "building engines (planned)", "comes with JetPack and TensorRT"),
+        Finding("nvcc", _nvcc(), "plugins build: GPU kernels", "install the CUDA toolkit"),
+        Finding("cmake", _version_line("cmake"), "plugins build", "pip install cmake"),
+        Finding("plugin library", _library("tensorrt"), "trt", "mmm-export plugins build"),
+        *(
+            Finding(flavor, _tensorrt(flavor), "trt, and run and verify of its engines", TENSORRT_HINTS[flavor])
+            for flavor in FLAVORS
+        ),
+        Finding("cuda-bindings", _cuda_bindings(), "run, verify: engines", CUDA_HINT),
+        Finding("trtexec", _trtexec(), "timing an engine by hand", "comes with JetPack and TensorRT"),
     ]
 
 
@@ -61,13 +75,8 @@ _PACKAGES = (  # import name, purpose, how to get it, distribution names
     ("onnx", "onnx, verify", _EXPORT, ("onnx",)),
     ("onnxscript", "onnx", _EXPORT, ("onnxscript",)),
     ("sentencepiece", "run", "pip install sentencepiece", ("sentencepiece",)),
-    ("skimage", "demo: its photograph", _DEMO, ("scikit-image",)),
-    ("mistral_common", "demo: its vocabulary", _DEMO, ("mistral-common",)),
-)
-_TENSORRT = (  # the wheels are named after the CUDA version they bring
-    ("tensorrt", "engines (planned)", "pip install tensorrt; on a Jetson it comes with JetPack"),
-    ("tensorrt_lean", "engines (planned)", "pip install tensorrt_lean"),
-    ("tensorrt_rtx", "engines (planned)", "pip install tensorrt_rtx"),
+    ("skimage", "demo, digits: photographs", _DEMO, ("scikit-image",)),
+    ("sklearn", "demo, digits: handwriting", _DEMO, ("scikit-learn",)),
 )
 
 
@@ -90,7 +99,13 @@ def _platform() -> str:
         system = platform.freedesktop_os_release()["PRETTY_NAME"]
     except (OSError, KeyError):
         system = platform.platform()
-    return ", ".join(filter(None, [platform.machine(), system, f"{_cores()} cores", _memory()]))
+    return ", ".join(filter(None, [platform.machine(), system, _jetson_linux(), f"{_cores()} cores", _memory()]))
+
+
+def _jetson_linux() -> str:
+    """Release of a Jetson's system, R36.4.3 of JetPack 6.2; empty elsewhere."""
+    match = re.search(r"R(\d+) \(release\), REVISION: ([\d.]+)", _read("/etc/nv_tegra_release") or "")
+    return f"Jetson Linux R{match[1]}.{match[2]}" if match else ""
 
 
 def _cores() -> int:
@@ -113,9 +128,28 @@ def _onnxruntime() -> str | None:
     return f"{onnxruntime.__version__} (providers: {providers})"
 
 
-def _operator_library() -> str | None:
-    library = find_library("onnxruntime")
+def _library(kind: Kind) -> str | None:
+    library = find_library(kind)
     return None if library is None else str(library)
+
+
+def _tensorrt(flavor: Flavor) -> str | None:
+    module = find_module(TENSORRT_MODULES[flavor])
+    if module is None:
+        return None
+    package = module.removesuffix("_bindings")
+    names = (package, *(f"{package}_cu{cuda}" for cuda in (12, 13)))
+    return _version(module, (*names, *(f"{name}_bindings" for name in names)))
+
+
+def _cuda_bindings() -> str | None:
+    module = find_module(CUDA_MODULES)
+    return None if module is None else _version(module, ("cuda-bindings", "cuda-python"))
+
+
+def _trtexec() -> str | None:
+    # JetPack keeps it off the PATH.
+    return shutil.which("trtexec") or shutil.which("trtexec", path="/usr/src/tensorrt/bin")
 
 
 def _gpus() -> str | None:

@@ -200,6 +200,11 @@ class EngineManifest:
         """What a saved state must match: that of the bundle, so that states move between a bundle and its engines."""
         return self.bundle_sha256
 
+    @property
+    def max_tokens(self) -> int:
+        """As of a bundle's manifest: tokens that the KV caches hold, 0 for a model without."""
+        return self.limits.max_tokens
+
     def to_json(self) -> dict[str, Any]:
         return {"schema": SCHEMA, "kind": ENGINE.kind, **dataclasses.asdict(self)}
 

@@ -17,7 +17,10 @@ EMBEDDING_TABLE = "embedding.bin"  # raw rows (vocabulary + special tokens, hidd
 PLUGIN_LIBRARY = "libmmm_tensorrt.so"
 LAYERS_FILE = "layers.json"
 
+GOLDEN_FILE = "golden.safetensors"  # what PyTorch computed, for a verification without PyTorch
+
 CONFIG_FILE = "config.json"  # of a checkpoint
+DEMO_MODELS = "demo_models"  # trained checkpoints that come with the package
 
 TOKENIZER_MODEL_FILE = "tokenizer.model"
 ADDED_TOKENS_FILE = "added_tokens.json"

@@ -11,13 +11,14 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
 from mmm_export import names
 from mmm_export.errors import OutputError
+from mmm_export.interrupts import signals_deferred
 
 # Small files (manifest, graphs, tokenizer) are flushed to the disk before the rename. Weights are not: flushing 5 GB
 # would dominate an export, and the manifest holds their hash, so a power cut that lost some of them is noticed on load.
@@ -69,12 +70,12 @@ def output_folder(
             with _disk_full_explained(target, needed_bytes):
                 yield temporary
                 _flush_small_files(temporary)
-                with _signals_deferred():
+                with signals_deferred():
                     # Once more: somebody may have put a folder there during the work.
                     _refuse_unless_replaceable(target, force=force, marker=marker, protect=protect)
                     _swap_in(temporary, target, force=force)
         finally:
-            with _signals_deferred():
+            with signals_deferred():
                 shutil.rmtree(temporary, ignore_errors=True)
                 if lock >= 0:
                     os.close(lock)
@@ -102,11 +103,11 @@ def output_file(target: Path) -> Iterator[Path]:
             with _disk_full_explained(target, 0):
                 yield temporary
                 _flush(temporary)
-                with _signals_deferred():
+                with signals_deferred():
                     temporary.replace(target)
                     _flush(target.parent)
         finally:
-            with _signals_deferred():
+            with signals_deferred():
                 with suppress(OSError):  # it may never have come to be: the error that tells why must not be hidden
                     temporary.unlink()
                 if lock >= 0:
@@ -337,26 +338,3 @@ def _terminate_as_exception() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
-@contextmanager
-def _signals_deferred() -> Iterator[None]:
-    """Hold SIGINT and SIGTERM back over a few renames or removals, then deliver the last one."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    arrived: list[int] = []
-    kept: dict[signal.Signals, Callable[[int, FrameType | None], object] | int] = {}
-    try:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            handler = signal.getsignal(number)
-            if handler is None:
-                continue  # installed from C: Python could not put it back
-            kept[number] = handler  # before the change: a signal that raises here must find it
-            signal.signal(number, lambda number, frame: arrived.append(number))
-        yield
-    finally:
-        for number, handler in kept.items():
-            signal.signal(number, handler)
-        if arrived:
-            signal.raise_signal(arrived[-1])

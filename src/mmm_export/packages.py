@@ -9,7 +9,7 @@ from mmm_export.errors import MissingPackageError
 # Import names, not distribution names. The command line looks here before it begins, so nothing fails half-way.
 EXTRAS: dict[str, tuple[str, ...]] = {
     "export": ("torch", "onnx", "onnx_ir", "onnxscript", "ml_dtypes", "matplotlib"),
-    "demo": ("skimage",),
+    "demo": ("skimage", "sklearn"),
     "trt": ("onnx", "onnx_ir", "elftools"),
     "distill": ("torch", "ruamel"),
     "tensorboard": ("tensorboard",),

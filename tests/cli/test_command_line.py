@@ -33,7 +33,7 @@ USAGE = {
     "unknown-option": ["onnx", "ckpt", "-o", "bundle", "--dtyp", "fp16"],
     "verbose-after-command": ["doctor", "--verbose"],
     "missing-argument": ["onnx"],
-    "missing-option": ["verify", "bundle"],
+    "missing-option": ["onnx", "checkpoint"],
     "bad-choice": ["onnx", "ckpt", "-o", "bundle", "--dtype", "int8"],
     "bad-number": ["run", "bundle", "--prompt", "x", "--max-new-tokens", "0"],
     "neither-prompt-nor-interactive": ["run", "bundle"],

@@ -233,7 +233,7 @@ def test_doctor_names_what_is_there_and_how_to_get_what_is_not(capsys: pytest.Ca
     found = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
     assert found["Python"]["found"].startswith(f"{sys.version_info.major}.{sys.version_info.minor}.")
     assert "CPU" in found["onnxruntime"]["found"]
-    assert {"torch", "nvcc", "cmake", "tensorrt", "tensorrt_lean", "tensorrt_rtx", "NVIDIA driver"} <= set(found)
+    assert {"torch", "nvcc", "cmake", "tensorrt", "tensorrt-rtx", "cuda-bindings", "NVIDIA driver"} <= set(found)
     assert all(row["hint"] for row in found.values() if row["found"] is None)
     assert all(row["purpose"] for row in found.values())
     assert run(cli, ["doctor"]) == 0

@@ -16,6 +16,7 @@ PACKAGE = ROOT / "src" / "mmm_export"
 LINKS = {
     "calibration": "../../calibration",
     "cli.py": "../../cli.py",
+    "demo_models": "../../demo_models",
     "distillation": "../../distillation",
     "exporter": "../../exporter",
     "model": "../../model",
@@ -23,7 +24,20 @@ LINKS = {
     "runtime": "../../runtime",
 }
 TOP_LEVEL = {
-    *("benchmarks", "calibration", "distillation", "docs", "exporter", "model", "plugins", "runtime", "src", "tests"),
+    *(
+        "benchmarks",
+        "calibration",
+        "demo_models",
+        "distillation",
+        "docs",
+        "exporter",
+        "model",
+        "plugins",
+        "runtime",
+        "scripts",
+        "src",
+        "tests",
+    ),
     *("cli.py", "pyproject.toml", "constraints.txt", "Makefile", "LICENSE"),
     *("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md"),
     *(".ci", ".gitignore", ".pre-commit-config.yaml"),
@@ -91,7 +105,7 @@ VIOLATIONS = {
 
 
 def copy_of_sources(folder: Path) -> Path:
-    for name in ("src", "calibration", "distillation", "exporter", "model", "plugins", "runtime"):
+    for name in ("src", "calibration", "demo_models", "distillation", "exporter", "model", "plugins", "runtime"):
         shutil.copytree(ROOT / name, folder / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("cli.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, folder / name)

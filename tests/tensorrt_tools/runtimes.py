@@ -1,6 +1,6 @@
 """NVIDIA's TensorRT libraries that run without a GPU, as far as these tests need: parsing, building, registering.
 
-Run this file to fetch them (about 190 MB; 460 MB unpacked) into build/tensorrt/<name>, as `make test` does. They are no
+Run this file to fetch them (about 220 MB; 670 MB unpacked) into build/tensorrt/<name>, as `make test` does. They are no
 dependencies of the project: two of them hold modules of one name, so each has a folder of its own, and a test gives one of them
 to a Python of its own. What the package index does not offer is told once, and its tests skip with that reason.
 """
@@ -18,6 +18,9 @@ PACKAGES: dict[str, tuple[str, ...]] = {
     "headers": ("kernel-lens==2.0.1",),  # carries TensorRT 10.14's own headers
     "lean-10": ("tensorrt-lean-cu12-libs==10.16.1.11", "tensorrt-lean-cu12-bindings==10.16.1.11"),
     "lean-11": ("tensorrt-lean-cu12-libs==11.4.0.106", "tensorrt-lean-cu12-bindings==11.4.0.106"),
+    # CUDA's driver interface in Python, for JetPack 6 and for CUDA 13
+    "cuda-12": ("cuda-bindings==12.9.4", "cuda-pathfinder==1.3.3"),
+    "cuda-13": ("cuda-bindings==13.0.3", "cuda-pathfinder==1.3.3"),
     "rtx": ("tensorrt-rtx-cu13-libs==1.7.1.116", "tensorrt-rtx-cu13-bindings==1.7.1.116"),
 }
 ROOT_VARIABLE = "MMM_TENSORRT_RUNTIMES"

@@ -12,6 +12,7 @@ from mmm_export.bench.measurement import BenchOptions
 from mmm_export.bench.meters import AnonymousMemory, EnergyMeter, GpuFacts, MemoryMeter, board_power, nvml_of
 from mmm_export.bench.report import cpu_name
 from mmm_export.bench.roofline import host_bandwidth
+from mmm_export.engine_manifest import EngineManifest
 from mmm_export.runtime import Session
 
 
@@ -58,6 +59,11 @@ def meters_for(providers: Sequence[str], bandwidth_gb_s: float | None, pid: int)
             board.close()
 
 
+def runs_on(session: Session, providers: Sequence[str]) -> Sequence[str]:
+    """Return what `meters_for` must watch: the providers asked for, or the GPU that an engine always runs on."""
+    return [session.manifest.flavor] if isinstance(session.manifest, EngineManifest) else providers
+
+
 def describe(
     session: Session, options: BenchOptions, providers: Sequence[str], threads: int | None
 ) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -73,9 +79,13 @@ def describe(
         "model_sha256": manifest.model_sha256,
         "new_tokens": options.new_tokens,
     }
-    provider = providers[0].lower().removesuffix("executionprovider") if providers else "cpu"
+    if isinstance(manifest, EngineManifest):
+        name = f"{manifest.flavor} {manifest.tensorrt_version}"
+    else:
+        provider = providers[0].lower().removesuffix("executionprovider") if providers else "cpu"
+        name = f"onnxruntime {provider}{' + kernels' if session.kernels else ''}"
     backend = {
-        "name": f"onnxruntime {provider}{' + kernels' if session.kernels else ''}",
+        "name": name,
         "kernels": session.kernels.name if session.kernels else None,
         "threads": threads or len(os.sched_getaffinity(0)),
     }

@@ -7,20 +7,24 @@ import time
 import numpy as np
 
 from mmm_export import names
+from mmm_export.engine_manifest import EngineManifest
 from mmm_export.manifest import Manifest
 from mmm_export.state_bytes import state_bytes
 
 
-def step_bytes(manifest: Manifest, context_tokens: int) -> int:
+def step_bytes(manifest: Manifest | EngineManifest, context_tokens: int) -> int:
     """Count the bytes that a decode step moves at least.
 
     The decoder's weights and a row of KV cache for each token of the context are read; SSM and conv states are read and written.
     """
-    weights = sum(
-        info.bytes
-        for name, info in manifest.files.items()
-        if name.startswith(names.DECODER_FILE) and name != names.DECODER_FILE
-    )
+    if isinstance(manifest, EngineManifest):
+        weights = manifest.files[names.DECODER_PLAN].bytes  # a plan is little else
+    else:
+        weights = sum(
+            info.bytes
+            for name, info in manifest.files.items()
+            if name.startswith(names.DECODER_FILE) and name != names.DECODER_FILE
+        )
     state = state_bytes(manifest.model, manifest.dtype)
     return weights + 2 * (state["ssm_bytes"] + state["conv_bytes"]) + context_tokens * state["kv_bytes_per_token"]
 

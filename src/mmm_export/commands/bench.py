@@ -62,7 +62,7 @@ FORMATS = (".png", ".svg", ".pdf")
 )
 @click.option("--no-check", is_flag=True, help="Skip comparing the files with their hashes: starts faster.")
 def bench(bundle: Path, lengths: str, **rest: Any) -> None:
-    """Time a BUNDLE: prefill and decode apart, with memory, energy and the roofline.
+    """Time a BUNDLE, or an engine: prefill and decode apart, with memory, energy and the roofline.
 
     Prompts are random tokens. Times are medians, with what 10 and 90 percent of the runs took. The roofline is the least
     time in which the memory can deliver weights and state for a decode step, as a share of the time it took.
@@ -71,7 +71,7 @@ def bench(bundle: Path, lengths: str, **rest: Any) -> None:
     Example:
       mmm-export bench build/bundle --lengths 1K,8K,32K,103K --json bench.json --plot bench.svg
     """
-    from mmm_export.bench.device import describe, meters_for
+    from mmm_export.bench.device import describe, meters_for, runs_on
     from mmm_export.bench.measurement import BenchOptions, lengths_from_text, measure
     from mmm_export.bench.report import Bench, draw
     from mmm_export.errors import OptionError
@@ -97,7 +97,7 @@ def bench(bundle: Path, lengths: str, **rest: Any) -> None:
             check_content=not rest["no_check"],
             kernels=rest["kernels"],
         ) as session,
-        meters_for(rest["providers"], rest["bandwidth"], os.getpid()) as meters,
+        meters_for(runs_on(session, rest["providers"]), rest["bandwidth"], os.getpid()) as meters,
     ):
         rows = measure(
             session,

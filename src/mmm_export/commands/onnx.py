@@ -54,6 +54,11 @@ from mmm_export.spec import MOST_TOKENS
     help="Rotary scaling of attention layers: none, as the released hybrid computes, or what config.json asks for.",
 )
 @click.option(
+    "--golden",
+    is_flag=True,
+    help="Also run PyTorch on two prompts and keep what it computed, so that a device without PyTorch can verify against it.",
+)
+@click.option(
     "--fuse",
     is_flag=True,
     help="Write the decoder's products, with norms, SiLU and additions inside, as operators of our kernel library, which then must "

@@ -67,7 +67,7 @@ from mmm_export.commands.options import PATH, kernels_option
 )
 @click.option("--no-check", is_flag=True, help="Skip comparing the files with their hashes: starts faster.")
 def run_bundle(bundle: Path, prompt: str | None, interactive: bool, **rest: Any) -> int:
-    """Answer a prompt about text and images with a BUNDLE, or converse.
+    """Answer a prompt about text and images with a BUNDLE or an engine, or converse.
 
     The answer streams to stdout; speed, token counts and the reason why it ended go to stderr.
 
