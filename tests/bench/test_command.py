@@ -19,10 +19,11 @@ def bundle(make_checkpoint: Callable[..., Path], make_bundle: Callable[..., Path
 
 
 def test_a_bundle_is_timed_and_everything_is_written(
-    bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     command = ["bench", str(bundle), "--lengths", "16,48", "--new-tokens", "4", "--kernels", "none", "--threads", "1"]
     files = ["--json", str(tmp_path / "bench.json"), "--plot", str(tmp_path / "bench.svg")]
+    monkeypatch.setattr("sys.argv", ["/somewhere/mmm-export", *command, *files])
     assert run(cli, [*command, *files]) == 0
     shown = capsys.readouterr()
     lines = shown.out.splitlines()
@@ -46,7 +47,8 @@ def test_a_bundle_is_timed_and_everything_is_written(
     assert all(row["median_ms"] > 0 and row["peak_bytes"] > 0 for row in data["rows"])
     assert all(row["roofline"] > 0 for row in data["rows"] if row["test"] == "decode")
     assert data["backend"] == {"name": "onnxruntime cpu", "kernels": None, "threads": 1}
-    assert data["command"].startswith("mmm-export ")
+    assert data["command"].startswith("mmm-export bench ")
+    assert data["command"].endswith("bench.svg")
     assert (tmp_path / "bench.svg").read_text().startswith("<?xml")
 
 

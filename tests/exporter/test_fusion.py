@@ -22,7 +22,7 @@ from mmm_export.operator_library import CUDA_PROVIDER
 from mmm_export.runtime import Session
 from mmm_export.runtime.graph_loading import check_requirements
 
-KINDS = pytest.mark.parametrize("kind", ["linear", "hybrid", "teacher"])
+KINDS = pytest.mark.parametrize("kind", ["linear", "hybrid"])
 
 
 @pytest.fixture(scope="module")
