@@ -24,7 +24,7 @@ from tensorrt_tools.host_calls import fields, run_host
 
 from mmm_export.errors import KernelError
 from mmm_export.plugins.inspection import inspect_library
-from mmm_export.plugins.library import Device, DType, ScanArguments, ScanShape, load_library
+from mmm_export.plugins.library import ABI_VERSION, Device, DType, ScanArguments, ScanShape, load_library
 
 pytestmark = pytest.mark.slow
 
@@ -81,7 +81,7 @@ def test_a_call_without_a_gpu_is_refused_in_words(everywhere: Path, tmp_path: Pa
     if shutil.which("nvidia-smi") is not None:
         pytest.skip("this machine may have a GPU, where the call would be run")
     library = load_library(everywhere / "libmmm_kernels.so")
-    shape = ScanShape(1, Device.CUDA, DType.FLOAT16, DType.FLOAT32, 1, 1, 4, 2, 16, 16, 2, 1e-5, 0)
+    shape = ScanShape(ABI_VERSION, Device.CUDA, DType.FLOAT16, DType.FLOAT32, 1, 1, 4, 2, 16, 16, 2, 1e-5, 0)
     names = [name for name, kind in ScanArguments._fields_ if kind is ctypes.c_void_p and name != "lengths"]
     places = {name: 4096 * (number + 1) for number, name in enumerate(names)}  # never followed: there is no device
     with pytest.raises(KernelError, match=r"\(MMM_WRONG_DEVICE\): no CUDA device"):
@@ -96,7 +96,7 @@ def test_workspace_is_asked_for_without_a_gpu_and_never_shrinks(everywhere: Path
     library = load_library(everywhere / "libmmm_kernels.so")
     sizes = [
         library.workspace_bytes(
-            ScanShape(1, Device.CUDA, DType.BFLOAT16, DType.FLOAT32, 2, tokens, 16, 8, 128, 128, 2, 1e-5, 0)
+            ScanShape(ABI_VERSION, Device.CUDA, DType.BFLOAT16, DType.FLOAT32, 2, tokens, 16, 8, 128, 128, 2, 1e-5, 0)
         )
         for tokens in (1, 2, 64, 65, 1024, 8192, 103_000)
     ]
