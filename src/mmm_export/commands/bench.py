@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from mmm_export.command_line import PROGRAM
-from mmm_export.commands.options import PATH, as_json_text, kernels_option
+from mmm_export.commands.options import PATH, as_json_text, inference_options
 from mmm_export.packages import require
 
 FORMATS = (".png", ".svg", ".pdf")
@@ -39,16 +39,7 @@ FORMATS = (".png", ".svg", ".pdf")
 @click.option(
     "--chunk-tokens", type=click.IntRange(min=1), default=512, metavar="TOKENS", help="Prompt tokens read at once."
 )
-@click.option("--threads", type=click.IntRange(min=1), metavar="THREADS", show_default="all cores", help="CPU threads.")
-@click.option(
-    "--provider",
-    "providers",
-    multiple=True,
-    metavar="NAME",
-    show_default="cpu",
-    help="ONNX Runtime provider, such as cuda; repeatable.",
-)
-@kernels_option
+@inference_options
 @click.option(
     "--bandwidth",
     type=click.FloatRange(min=0, min_open=True),

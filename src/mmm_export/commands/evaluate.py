@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from mmm_export import names
-from mmm_export.commands.options import PATH, as_json_text, kernels_option
+from mmm_export.commands.options import PATH, as_json_text, inference_options
 from mmm_export.packages import require
 
 
@@ -25,16 +25,7 @@ from mmm_export.packages import require
     show_default="the model's own limit",
     help="Cut each image into at most so many.",
 )
-@click.option("--threads", type=click.IntRange(min=1), metavar="THREADS", show_default="all cores", help="CPU threads.")
-@click.option(
-    "--provider",
-    "providers",
-    multiple=True,
-    metavar="NAME",
-    show_default="cpu",
-    help="ONNX Runtime provider, such as cuda; repeatable.",
-)
-@kernels_option
+@inference_options
 @click.option("--answers", type=PATH, metavar="FILE", help="Also write every question, answer and truth, as JSONL.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def evaluate(model: Path, task: str, limit: int | None, answers: Path | None, as_json: bool, **rest: Any) -> None:

@@ -24,6 +24,22 @@ def kernels_option(command: Command) -> Command:
     )(command)
 
 
+def inference_options(command: Command) -> Command:
+    """Give a command the options of whatever runs a bundle: --threads, --provider and --kernels, in this order."""
+    command = kernels_option(command)
+    command = click.option(
+        "--provider",
+        "providers",
+        multiple=True,
+        metavar="NAME",
+        show_default="cpu",
+        help="ONNX Runtime provider, such as cuda; repeatable.",
+    )(command)
+    return click.option(
+        "--threads", type=click.IntRange(min=1), metavar="THREADS", show_default="all cores", help="CPU threads."
+    )(command)
+
+
 def as_json_text(data: object) -> str:
     """Write what a command prints with --json."""
     return json.dumps(data, indent=2, ensure_ascii=False, default=str)

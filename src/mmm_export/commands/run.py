@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from mmm_export.commands.options import PATH, kernels_option
+from mmm_export.commands.options import PATH, inference_options
 
 
 @click.command(name="run")
@@ -40,16 +40,7 @@ from mmm_export.commands.options import PATH, kernels_option
     metavar="TOKENS",
     help="Prompt tokens read at once; bounds the memory.",
 )
-@click.option("--threads", type=click.IntRange(min=1), metavar="THREADS", show_default="all cores", help="CPU threads.")
-@click.option(
-    "--provider",
-    "providers",
-    multiple=True,
-    metavar="NAME",
-    show_default="cpu",
-    help="ONNX Runtime provider, such as cuda; repeatable.",
-)
-@kernels_option
+@inference_options
 @click.option("--load-state", type=PATH, metavar="FILE", help="Continue a saved conversation.")
 @click.option("--save-state", type=PATH, metavar="FILE", help="Save the conversation at the end.")
 @click.option(
