@@ -6,7 +6,6 @@ Its weight lies (out, in), as in the checkpoint, so it is turned, and gate and u
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from mmm_export import names
-from mmm_export.exporter.weights import ALIGNMENT, BLOCK_BYTES
+from mmm_export.exporter.weights import BLOCK_BYTES, DataFile
 from mmm_export.manifest import FileInfo
 
 NO_EPILOGUE, RESIDUAL, SILU = 0, 1, 2  # mmm_epilogue of plugins/include/mmm/kernels.h
@@ -62,34 +61,19 @@ def write_weights(model: ir.Model, path: Path, advance: Callable[[int], None]) -
 
     Returns: size and hash of the file.
     """
-    digest = hashlib.sha256()
-    position = 0
     with path.open("wb") as stream:
+        data_file = DataFile(path, stream)
         for name, value in model.graph.initializers.items():
             tensor = value.const_value
             if not isinstance(tensor, (ir.ExternalTensor, ir.LazyTensor)):
                 continue  # a small constant, which stays in the graph: shape inference reads it there
-            padding = bytes(-position % ALIGNMENT)
-            stream.write(padding)
-            digest.update(padding)
-            position += len(padding)
-            offset = position
+            offset = data_file.align()
             for block in _row_blocks(tensor.numpy()):
                 data = np.ascontiguousarray(block).reshape(-1).view(np.uint8).data
-                stream.write(data)
-                digest.update(data)
+                data_file.put(data)
                 advance(len(data))
-                position += len(data)
-            value.const_value = ir.ExternalTensor(
-                path.name,
-                offset,
-                position - offset,
-                tensor.dtype,
-                shape=ir.Shape(tensor.shape.numpy()),
-                name=name,
-                base_dir=path.parent,
-            )
-    return FileInfo(position, digest.hexdigest())
+            value.const_value = data_file.tensor(name, offset, tensor.dtype, tuple(tensor.shape.numpy()))
+    return data_file.info()
 
 
 def _one_product(graph: ir.Graph, node: ir.Node) -> tuple[ir.Value, ir.Node]:

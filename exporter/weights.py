@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import onnx_ir as ir
 import torch
@@ -46,19 +47,10 @@ def bind_weights(
     Raises:
         CheckpointError: a weight is NaN, infinite, or too large for the type of the bundle.
     """
-    digest = hashlib.sha256()
-    position = 0
     with path.open("wb") as stream:
-
-        def put(data: bytes | memoryview) -> None:
-            nonlocal position
-            stream.write(data)
-            digest.update(data)
-            position += len(data)
-
+        data_file = DataFile(path, stream)
         for name, value in model.graph.initializers.items():
-            put(bytes(-position % ALIGNMENT))
-            offset, dtype = position, _TORCH_FROM_ONNX[_dtype(value)]
+            offset, dtype = data_file.align(), _TORCH_FROM_ONNX[_dtype(value)]
             tensor = parameter(name)
             if tuple(tensor.shape) != _shape(value):
                 raise ValueError(f"{name}: the module is {_shape(value)}, its value {tuple(tensor.shape)}")
@@ -68,18 +60,41 @@ def bind_weights(
                     raise _not_finite(name, block, dtype)
                 # Through int16: numpy has no bfloat16.
                 raw = data.view(torch.int16 if dtype.itemsize == 2 else torch.int32).numpy()
-                put(raw.tobytes())
+                data_file.put(raw.tobytes())
                 advance(raw.nbytes)
-            value.const_value = ir.ExternalTensor(
-                path.name,
-                offset,
-                position - offset,
-                _dtype(value),
-                shape=ir.Shape(_shape(value)),
-                name=name,
-                base_dir=path.parent,
-            )
-    return FileInfo(position, digest.hexdigest())
+            value.const_value = data_file.tensor(name, offset, _dtype(value), _shape(value))
+    return data_file.info()
+
+
+class DataFile:
+    """External data while it is written: tensors on whole pages, hashed on the way."""
+
+    def __init__(self, path: Path, stream: BinaryIO) -> None:
+        self._path = path
+        self._stream = stream
+        self._digest = hashlib.sha256()
+        self._position = 0
+
+    def align(self) -> int:
+        """Fill up to where the next tensor may begin, and return that offset."""
+        self.put(bytes(-self._position % ALIGNMENT))
+        return self._position
+
+    def put(self, data: bytes | memoryview) -> None:
+        self._stream.write(data)
+        self._digest.update(data)
+        self._position += len(data)
+
+    def tensor(self, name: str, offset: int, dtype: ir.DataType, shape: tuple[int, ...]) -> ir.ExternalTensor:
+        """Refer to what was put since `offset`."""
+        length = self._position - offset
+        return ir.ExternalTensor(
+            self._path.name, offset, length, dtype, shape=ir.Shape(shape), name=name, base_dir=self._path.parent
+        )
+
+    def info(self) -> FileInfo:
+        """Size and hash so far."""
+        return FileInfo(self._position, self._digest.hexdigest())
 
 
 def _blocks(tensor: Tensor) -> Iterator[Tensor]:
