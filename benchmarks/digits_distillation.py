@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 import time
@@ -303,7 +304,7 @@ def rates(options: argparse.Namespace) -> None:
 
 
 def ablations(options: argparse.Namespace) -> None:
-    """Run all groups and seeds side by side on one GPU: models this small leave it idle most of the time."""
+    """Run all groups and seeds side by side on all GPUs: models this small leave one idle most of the time."""
     runs = [
         ["group", f"--group={part}", f"--seed={seed}", f"--part=ablations-{part}-{seed}"]
         for seed in SEEDS
@@ -323,7 +324,16 @@ def _side_by_side(options: argparse.Namespace, runs: list[list[str]]) -> None:
     shared += [f"--steps-scale={options.steps_scale}", f"--cache={options.cache or options.work}"]
     shared += ["--compile"] if options.compile else []
     shared += [f"--rates={options.rates}"] if options.rates and "rate" not in runs[0] else []
-    running = [subprocess.Popen([sys.executable, __file__, *run, *shared]) for run in runs]
+    gpus = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    if gpus == [""]:
+        gpus = [str(i) for i in range(torch.cuda.device_count())] or [""]
+    running = [
+        subprocess.Popen(
+            [sys.executable, __file__, *run, *shared],
+            env={**os.environ, "CUDA_VISIBLE_DEVICES": gpus[i % len(gpus)]},
+        )
+        for i, run in enumerate(runs)
+    ]
     failed = [process.args for process in running if process.wait() != 0]
     if failed:
         raise SystemExit(f"failed: {failed}")
