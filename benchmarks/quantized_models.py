@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime
 from numpy.typing import NDArray
 
@@ -72,7 +73,7 @@ class DecoderRun:
     def __init__(self, folder: Path, *, graph: Path | None = None) -> None:
         """Open the decoder of a bundle, or another graph of the same inputs."""
         self.manifest: Manifest = read_manifest(folder)
-        path = graph or folder / names.DECODER_FILE
+        self.path = path = graph or folder / names.DECODER_FILE
         settings = {} if self.manifest.quantization is None else self.manifest.quantization.session
         self.session: onnxruntime.InferenceSession = open_session(
             path, path.parent, self.manifest, settings={**settings, "session.disable_prepacking": "0"}
@@ -124,6 +125,21 @@ def ask(run: DecoderRun, asked: Questions) -> Outcome:
     return Outcome(found, (best == asked.answers).all(1))
 
 
+def quantized_products(path: Path) -> int:
+    """Matrix products of a graph whose weight is quantized, of Q/DQ form."""
+    graph = onnx.load(path, load_external_data=False).graph
+    makers = {name: node for node in graph.node for name in node.output}
+    held = {tensor.name for tensor in graph.initializer}
+
+    def is_quantized(name: str) -> bool:
+        node = makers.get(name)
+        if node is not None and node.op_type in ("Cast", "Transpose", "Identity"):
+            return is_quantized(node.input[0])
+        return node is not None and node.op_type.endswith("DequantizeLinear") and node.input[0] in held
+
+    return sum(node.op_type in ("MatMul", "Gemm") and is_quantized(node.input[1]) for node in graph.node)
+
+
 def divergence(wanted: Outcome, found: Outcome) -> tuple[float, float]:
     """KL(wanted || found) in nats, mean over the tokens of each prompt: its mean over all prompts, and its 99th percentile."""
     p, q = wanted.log_probabilities, found.log_probabilities
@@ -141,20 +157,22 @@ def points_lost(wanted: Outcome, found: Outcome) -> tuple[float, float, float]:
     return 100 * lost, 100 * (lost - half), 100 * (lost + half)
 
 
-def states_after(run: DecoderRun, asked: Questions, checkpoints: Sequence[int]) -> list[list[Array]]:
-    """SSM states of four sequences after so many decode steps; each reads prompts one after the other, token by token."""
-    rows = 4
+def states_during(run: DecoderRun, asked: Questions, steps: int, kept: Collection[int]) -> dict[int, list[Array]]:
+    """SSM states of eight sequences after the decode steps in `kept`, from 1 to `steps`; each reads prompts one after the other,
+    token by token.
+    """
+    rows = 8
     one = np.ones(rows, np.int32)
     groups = range(0, len(asked.lengths) - rows + 1, rows)
     order = [(i, t) for i in groups for t in range(int(asked.lengths[i : i + rows].min()))]
-    if len(order) < max(checkpoints):
-        order *= -(-max(checkpoints) // len(order))
+    if len(order) < steps:
+        order *= -(-steps // len(order))
     run.begin(rows)
-    found = []
-    for step, (i, t) in enumerate(order[: max(checkpoints)], 1):
+    found = {}
+    for step, (i, t) in enumerate(order[:steps], 1):
         run.advance(asked.embeds[i : i + rows, t : t + 1], one)
-        if step in checkpoints:
-            found.append(run.recurrent_states())
+        if step in kept:
+            found[step] = run.recurrent_states()
     return found
 
 
