@@ -16,7 +16,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from mmm_export import names
-from mmm_export.exporter.weights import BLOCK_BYTES, DataFile
+from mmm_export.data_file import BLOCK_BYTES, DataFile
 from mmm_export.manifest import FileInfo
 
 NO_EPILOGUE, RESIDUAL, SILU = 0, 1, 2  # mmm_epilogue of plugins/include/mmm/kernels.h

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import BinaryIO
 
 import onnx_ir as ir
 import torch
 from torch import Tensor
 
+from mmm_export.data_file import BLOCK_BYTES, DataFile
 from mmm_export.errors import CheckpointError
 from mmm_export.exporter.trace import TORCH_DTYPES
 from mmm_export.manifest import FileInfo
-
-BLOCK_BYTES = 32 << 20
-ALIGNMENT = 4096  # whole pages, so that a reader may map a tensor by itself
 
 _TORCH_FROM_ONNX = {
     ir.DataType.FLOAT: TORCH_DTYPES["fp32"],
@@ -64,37 +60,6 @@ def bind_weights(
                 advance(raw.nbytes)
             value.const_value = data_file.tensor(name, offset, _dtype(value), _shape(value))
     return data_file.info()
-
-
-class DataFile:
-    """External data while it is written: tensors on whole pages, hashed on the way."""
-
-    def __init__(self, path: Path, stream: BinaryIO) -> None:
-        self._path = path
-        self._stream = stream
-        self._digest = hashlib.sha256()
-        self._position = 0
-
-    def align(self) -> int:
-        """Fill up to where the next tensor may begin, and return that offset."""
-        self.put(bytes(-self._position % ALIGNMENT))
-        return self._position
-
-    def put(self, data: bytes | memoryview) -> None:
-        self._stream.write(data)
-        self._digest.update(data)
-        self._position += len(data)
-
-    def tensor(self, name: str, offset: int, dtype: ir.DataType, shape: tuple[int, ...]) -> ir.ExternalTensor:
-        """Refer to what was put since `offset`."""
-        length = self._position - offset
-        return ir.ExternalTensor(
-            self._path.name, offset, length, dtype, shape=ir.Shape(shape), name=name, base_dir=self._path.parent
-        )
-
-    def info(self) -> FileInfo:
-        """Size and hash so far."""
-        return FileInfo(self._position, self._digest.hexdigest())
 
 
 def _blocks(tensor: Tensor) -> Iterator[Tensor]:
