@@ -126,7 +126,7 @@ def ask(run: DecoderRun, asked: Questions) -> Outcome:
 
 
 def quantized_products(path: Path) -> int:
-    """Matrix products of a graph whose weight is quantized, of Q/DQ form."""
+    """Count the matrix products of a graph, in Q/DQ form, whose weight is quantized."""
     graph = onnx.load(path, load_external_data=False).graph
     makers = {name: node for node in graph.node for name in node.output}
     held = {tensor.name for tensor in graph.initializer}
@@ -135,7 +135,10 @@ def quantized_products(path: Path) -> int:
         node = makers.get(name)
         if node is not None and node.op_type in ("Cast", "Transpose", "Identity"):
             return is_quantized(node.input[0])
-        return node is not None and node.op_type.endswith("DequantizeLinear") and node.input[0] in held
+        if node is None or not node.op_type.endswith("DequantizeLinear"):
+            return False
+        quantizer = makers.get(node.input[0])  # of a weight that is stored as floats, quantized where it is read
+        return (node.input[0] if quantizer is None else quantizer.input[0]) in held
 
     return sum(node.op_type in ("MatMul", "Gemm") and is_quantized(node.input[1]) for node in graph.node)
 

@@ -155,9 +155,7 @@ def make_plan(
             clip = chosen.clip if chosen is not None and chosen.factor is not None else None
             if clip is None:
                 grid = ACTIVATION_GRIDS[options.format]
-                largest = float(observed.maxima.max())
-                method: Method = "minmax" if grid.is_float else options.method
-                clip = clip_from_histogram(observed.histogram, largest, method, grid)
+                clip = clip_from_histogram(observed.histogram, float(observed.maxima.max()), options.method, grid)
             scale = float(stored_scale(np.float32(clip / ACTIVATION_GRIDS[options.format].largest), dtype))
         for linear in source.linears:
             form = formats[linear.name]

@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from mmm_export.calibration.rounding import Grid, round_to_grid
+from mmm_export.calibration.rounding import FLOAT_RATIOS, Grid, round_to_grid
 from mmm_export.calibration.statistics import BINS, Histogram
 
 Method = Literal["minmax", "percentile", "entropy", "mse"]
@@ -23,10 +23,15 @@ Array = NDArray[Any]
 def clip_from_histogram(histogram: Histogram, largest: float, method: Method, grid: Grid) -> float:
     """Magnitude at which to saturate, at most `largest`, which is the largest that occurred.
 
+    On a grid of floats nothing saturates whatever the method: the magnitude, at least `largest`, is that which rounds best.
+
     Methods: "minmax" never saturates; "percentile" lets one value in ten thousand; "entropy" minimises the divergence of the
     distribution as int8 levels from what it was, as TensorRT's calibrator did; "mse" minimises the squared error on `grid`.
     """
     used = int(np.flatnonzero(histogram.counts).max(initial=0)) + 1
+    if grid.is_float:
+        clips = [largest * ratio for ratio in FLOAT_RATIOS]
+        return min(clips, key=lambda clip: _squared_error(histogram, used, clip, grid))
     if method == "minmax" or used < 2 or histogram.width == 0.0:
         return largest
     if method == "percentile":

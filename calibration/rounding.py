@@ -54,9 +54,23 @@ def stored_scale(scale: Array, dtype: Dtype) -> Array:
     return np.asarray(safe.astype(STORED[dtype]).astype(np.float32))
 
 
+# Where in its power of two a float's scale lies: the numbers of a grid of floats are as many in each, so none of these saturates, and
+# one rounds what is there best.
+FLOAT_RATIOS = tuple(2 ** (i / 8) for i in range(8))
+
+
 def column_scales(weight: Array, grid: Grid, dtype: Dtype) -> Array:
-    """One scale a column, (N,), of a weight (K, N)."""
-    return stored_scale(np.abs(weight).max(0, initial=0.0) / grid.largest, dtype)
+    """One scale a column, (N,), of a weight (K, N): the least that saturates nothing; of floats that with the least squared error."""
+    least = np.abs(weight).max(0, initial=0.0) / grid.largest
+    if not grid.is_float:
+        return stored_scale(least, dtype)
+    best: Array = least
+    smallest = np.full(least.shape, np.inf, np.float32)
+    for ratio in FLOAT_RATIOS:
+        scale = stored_scale(least * np.float32(ratio), dtype)
+        error = np.square(weight - round_to_grid(weight, scale, grid)).sum(0)
+        best, smallest = np.where(error < smallest, scale, best), np.minimum(error, smallest)
+    return best
 
 
 def group_size(rows: int, wanted: int) -> int:
