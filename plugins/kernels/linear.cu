@@ -25,23 +25,24 @@ struct Spread {
 
 constexpr int kTiledVariant = 1;
 
-// The best of a search on an H100 within whole decode steps (benchmarks/linear.py --search), at batch 1 and 8, by the shapes of the
-// released model: few tiles with a long or a short K (down, out), some (in), many (gate and up), and the head.
+constexpr int kFewTokens = 2;
+
+// The best of a search on an H100 within whole decode steps, at batch 1 and 8, by the shapes of the released model: few tiles with a
+// long or a short K (down, out), some (in), many (gate and up), and the head.
 Spread best_spread(const mmm_linear_shape& shape, int tokens, const Device& device) {
   const int tiles = (shape.outputs + kTileRows - 1) / kTileRows, processors = device.multiprocessors;
-  const bool few_tokens = tokens <= 2;
   enum { kDown, kOut, kIn, kGateUp, kHead } place = kHead;
   if (tiles <= processors) place = shape.inputs > 4096 ? kDown : kOut;
   else if (tiles <= 4 * processors) place = kIn;
   else if (tiles <= 8 * processors) place = kGateUp;
   if (shape.epilogue == MMM_EPILOGUE_SILU) place = kGateUp;
-  constexpr Spread kFewTokens[3][5] = {{{3, 16, 2, 1}, {3, 8, 1, 1}, {3, 8, 1, 3}, {3, 16, 2, 1}, {2, 16, 1, 2}},
-                                       {{2, 16, 2, 1}, {2, 16, 2, 1}, {2, 16, 2, 1}, {2, 16, 2, 1}, {2, 16, 1, 2}},
-                                       {{4, 16, 1, 1}, {4, 8, 1, 1}, {4, 8, 1, 3}, {3, 8, 2, 2}, {2, 8, 1, 3}}};
-  constexpr Spread kMoreTokens[3][5] = {{{4, 8, 1, 1}, {3, 8, 1, 1}, {4, 8, 2, 1}, {4, 8, 2, 1}, {2, 16, 1, 2}},
-                                        {{2, 16, 1, 1}, {3, 8, 1, 1}, {2, 8, 1, 2}, {3, 8, 2, 1}, {2, 16, 1, 2}},
-                                        {{2, 16, 1, 1}, {4, 8, 1, 1}, {4, 8, 1, 2}, {3, 16, 2, 1}, {2, 8, 1, 2}}};
-  return (few_tokens ? kFewTokens : kMoreTokens)[shape.weight_format][place];  // formats count from 0: plain, INT8, INT4
+  constexpr Spread kFew[3][5] = {{{4, 16, 1, 1}, {2, 16, 2, 1}, {3, 8, 1, 3}, {3, 16, 2, 1}, {2, 16, 1, 2}},
+                                 {{3, 16, 1, 1}, {2, 16, 2, 1}, {2, 16, 1, 1}, {2, 16, 2, 1}, {2, 16, 1, 2}},
+                                 {{3, 16, 1, 1}, {2, 16, 2, 1}, {3, 16, 2, 1}, {2, 16, 2, 1}, {3, 16, 2, 1}}};
+  constexpr Spread kMore[3][5] = {{{2, 16, 1, 1}, {3, 16, 2, 1}, {4, 16, 1, 1}, {3, 16, 2, 1}, {2, 16, 1, 2}},
+                                  {{2, 16, 1, 1}, {3, 16, 2, 1}, {2, 16, 1, 1}, {2, 16, 2, 1}, {3, 16, 1, 2}},
+                                  {{3, 16, 1, 1}, {3, 16, 2, 1}, {2, 16, 1, 1}, {2, 16, 2, 1}, {2, 16, 2, 1}}};
+  return (tokens <= kFewTokens ? kFew : kMore)[shape.weight_format][place];  // formats count from 0: plain, INT8, INT4
 }
 
 Spread spread_of(const mmm_linear_args& args, int tokens, const Device& device) {
@@ -53,7 +54,8 @@ Spread spread_of(const mmm_linear_args& args, int tokens, const Device& device) 
 // Rows of x that fit into a block's shared memory beside the rings and the sums, 0 to kMostTokens: `Vector::shared_bytes`, at most.
 int tokens_that_fit(const mmm_linear_shape& shape, const Spread& spread, const Device& device) {
   const int R = shape.epilogue == MMM_EPILOGUE_SILU ? 2 : spread.tiles_a_turn;
-  const int rings = spread.warps * spread.depth * R * kTileRows * (kSpanBytes + 4) + spread.warps * 32;
+  const int chunk_sums = shape.weight_format == MMM_WEIGHT_INT4 ? shape.inputs / chunk_inputs(shape) * 32 : 0;
+  const int rings = spread.warps * spread.depth * R * kTileRows * (kSpanBytes + 4) + spread.warps * 32 + chunk_sums;
   const int a_token = shape.inputs * 2 + 2 * spread.warps * R * kSumStride * 4;
   return std::clamp((device.shared_memory_per_block - rings) / a_token, 0, kMostTokens);
 }
@@ -85,9 +87,14 @@ struct Product {
 
   template <typename Element, int FORMAT, int WARPS, int R>
   cudaError_t vector() const {
-    using V = Vector<Element, FORMAT, WARPS, R>;
+    return tokens <= kFewTokens ? vector<Element, FORMAT, WARPS, R, true>() : vector<Element, FORMAT, WARPS, R, false>();
+  }
+
+  template <typename Element, int FORMAT, int WARPS, int R, bool FEW>
+  cudaError_t vector() const {
+    using V = Vector<Element, FORMAT, WARPS, R, FEW>;
     const mmm_linear_shape& s = call.shape;
-    const auto kernel = linear_vector_kernel<Element, FORMAT, WARPS, R>;
+    const auto kernel = linear_vector_kernel<Element, FORMAT, WARPS, R, FEW>;
     const bool silu = s.epilogue == MMM_EPILOGUE_SILU;
     const int64_t columns = silu ? s.outputs / 2 : s.outputs, out_bytes = element_bytes(s.out_dtype);
     VectorArgs a = {};

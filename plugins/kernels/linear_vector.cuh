@@ -35,21 +35,24 @@ constexpr int kTileRows = 16, kChunkBytes = 64, kSpanBytes = 128;
 constexpr int kMostDepth = 4;
 constexpr int kSumStride = 20;  // of a token's 16 sums: the four lanes of a row then write to four different sets of banks
 
-template <typename Element, int FORMAT, int WARPS, int R>
+// FEW: for one or two rows of x. A block meets all its code for the first time, so code for more would cost time even where it is not run.
+template <typename Element, int FORMAT, int WARPS, int R, bool FEW>
 struct Vector {
   using Format = Weights<Element, FORMAT>;
   static constexpr int kThreads = 32 * WARPS;
   static constexpr int kPieces = Format::kInputs / 8;  // 16-byte pieces of x for 16 bytes of weights
   static constexpr int kStageBytes = R * kTileRows * kSpanBytes;
   // Whether INT4's offset is taken off the sums and not off each weight. In bfloat16 it is 17 times the largest weight, which costs the
-  // sums four bits of float32; in float16 it would be 129 times.
+  // sums four bits of float32; in float16 it would be 129 times. For few rows it is the sum of each chunk of x that is taken off.
   static constexpr bool kOffset = FORMAT == MMM_WEIGHT_INT4 && std::is_same<Element, __nv_bfloat16>::value;
+  static constexpr float kMinus = -136.f;  // Magic::kBase + 8
+  static constexpr bool kChunkSums = kOffset && FEW;
   static constexpr int kScales = FORMAT == MMM_WEIGHT_PLAIN ? 0 : R * kTileRows;  // 4-byte words of a stage
 
   static __host__ __device__ int sum_floats(int tokens) { return WARPS * R * tokens * kSumStride; }
   static int shared_bytes(int tokens, int chunks, int depth) {
     return 4 * kPieces * chunks * tokens * 16 + WARPS * depth * (kStageBytes + 4 * kScales) + 2 * sum_floats(tokens) * 4 +
-           WARPS * 8 * 4;
+           WARPS * 8 * 4 + (kChunkSums ? chunks * 8 * 4 : 0);
   }
 };
 
@@ -96,6 +99,26 @@ __device__ __forceinline__ float sum_of_squares(const uint4& v) {
   return sum;
 }
 
+template <typename Element>
+__device__ __forceinline__ float sum_of(const uint4& v) {
+  float sum = 0.f;
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    const float2 pair = ElementTraits<Element>::unpack(word_of(v, i));
+    sum += pair.x + pair.y;
+  }
+  return sum;
+}
+
+// Writes the sum of a chunk of x, whose eighths lie with neighbouring lanes; a lane holds eighth `i`, or zeros.
+template <class V, typename Element>
+__device__ __forceinline__ void store_chunk_sum(float* chunk_sums, int i, int eighths, int token, const uint4& v) {
+  float sum = sum_of<Element>(v);
+#pragma unroll
+  for (int o = 2 * V::kPieces; o > 0; o >>= 1) sum += __shfl_xor_sync(~0u, sum, o);
+  if (i < eighths && i % (4 * V::kPieces) == 0) chunk_sums[i / (4 * V::kPieces) * 8 + token] = sum;
+}
+
 // round(round(x * scale) * weight), eight at a time.
 template <typename Element>
 __device__ __forceinline__ uint4 normalised(const uint4& v, const uint4& weight, float scale) {
@@ -110,10 +133,12 @@ __device__ __forceinline__ uint4 normalised(const uint4& v, const uint4& weight,
 }
 
 // Brings x, of at most MOST rows, into shared memory, normalised, in the order of the fragments: piece j of 4 x 8 inputs, token,
-// quarter. Eight loads of a thread are under way at once.
-template <class V, typename Element, int MOST>
-__device__ __forceinline__ void stage_rows(const VectorArgs& a, uint4* staged, float* partial, const uint4& first_norm) {
-  constexpr int P = V::kPieces, kBatch = 8 / MOST, WARPS = V::kThreads / 32;
+// quarter. BATCH x MOST loads of a thread are under way at once; more than K has would only be more instructions to fetch, which a
+// block meets for the first time and which then cost more than what they do.
+template <class V, typename Element, int MOST, int BATCH>
+__device__ __forceinline__ void stage_rows(const VectorArgs& a, uint4* staged, float* partial, float* chunk_sums,
+                                           const uint4& first_norm) {
+  constexpr int P = V::kPieces, kBatch = BATCH, WARPS = V::kThreads / 32;
   const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5, M = a.tokens, eighths = a.chunks * 4 * P;
   const bool normalise = a.norm_weight != nullptr;
   uint4 v[kBatch][MOST];
@@ -170,9 +195,14 @@ __device__ __forceinline__ void stage_rows(const VectorArgs& a, uint4* staged, f
         uint4 weight = first_norm;
         if (normalise && i != tid) weight = static_cast<const uint4*>(a.norm_weight)[i];
 #pragma unroll
-        for (int m = 0; m < MOST; m++)
-          if (m < M) to[m * 4] = V::Format::ordered(normalise ? normalised<Element>(v[b][m], weight, scale[m]) : v[b][m]);
+        for (int m = 0; m < MOST; m++) {
+          if (normalise) v[b][m] = normalised<Element>(v[b][m], weight, scale[m]);
+          if (m < M) to[m * 4] = V::Format::ordered(v[b][m]);
+        }
       }
+      if (V::kChunkSums)
+#pragma unroll
+        for (int m = 0; m < MOST; m++) store_chunk_sum<V, Element>(chunk_sums, i, eighths, m, v[b][m]);
     }
     first += kBatch * V::kThreads;
     if (first - tid >= eighths) break;
@@ -181,9 +211,9 @@ __device__ __forceinline__ void stage_rows(const VectorArgs& a, uint4* staged, f
   __syncthreads();
 }
 
-template <typename Element, int FORMAT, int WARPS, int R>
+template <typename Element, int FORMAT, int WARPS, int R, bool FEW>
 __global__ void __launch_bounds__(32 * WARPS, WARPS == 8 ? 3 : 1) linear_vector_kernel(const __grid_constant__ VectorArgs a) {
-  using V = Vector<Element, FORMAT, WARPS, R>;
+  using V = Vector<Element, FORMAT, WARPS, R, FEW>;
   extern __shared__ __align__(128) uint4 shared[];
   const int M = a.tokens;
   const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5, g = lane >> 2, t = lane & 3;
@@ -191,7 +221,8 @@ __global__ void __launch_bounds__(32 * WARPS, WARPS == 8 ? 3 : 1) linear_vector_
   uint4* const staged = reinterpret_cast<uint4*>(rings + WARPS * a.depth * V::kStageBytes);
   float* const sums = reinterpret_cast<float*>(staged + 4 * V::kPieces * a.chunks * M);
   float* const partial = sums + 2 * V::sum_floats(M);
-  uint32_t* const scale_rings = reinterpret_cast<uint32_t*>(partial + WARPS * 8);
+  float* const chunk_sums = partial + WARPS * 8;
+  uint32_t* const scale_rings = reinterpret_cast<uint32_t*>(chunk_sums + (V::kChunkSums ? a.chunks * 8 : 0));
   const char* const ring = rings + warp * a.depth * V::kStageBytes;
   uint32_t* const scale_ring = scale_rings + warp * a.depth * V::kScales;
 
@@ -262,9 +293,14 @@ __global__ void __launch_bounds__(32 * WARPS, WARPS == 8 ? 3 : 1) linear_vector_
     return to_float(static_cast<const Element*>(a.residual)[static_cast<int64_t>(token) * columns + row]);
   };
   float residual = residual_of(blockIdx.x, 0);
-  if (M == 1) stage_rows<V, Element, 1>(a, staged, partial, first_norm);
-  else if (M == 2) stage_rows<V, Element, 2>(a, staged, partial, first_norm);
-  else stage_rows<V, Element, 8>(a, staged, partial, first_norm);
+  if constexpr (FEW) {
+    const bool one_batch = a.chunks * 4 * V::kPieces <= V::kThreads;
+    if (M == 1 && one_batch) stage_rows<V, Element, 1, 1>(a, staged, partial, chunk_sums, first_norm);
+    else if (M == 1) stage_rows<V, Element, 1, 4>(a, staged, partial, chunk_sums, first_norm);
+    else stage_rows<V, Element, 2, 2>(a, staged, partial, chunk_sums, first_norm);
+  } else {
+    stage_rows<V, Element, 8, 1>(a, staged, partial, chunk_sums, first_norm);
+  }
 
   // Two sums of everything, so that a matrix instruction waits for the one before the last.
   float sum[2][R][4] = {};
@@ -289,15 +325,20 @@ __global__ void __launch_bounds__(32 * WARPS, WARPS == 8 ? 3 : 1) linear_vector_
 #pragma unroll
           for (int r = 0; r < R; r++) part[c][k][r][i] = 0.f;
         }
+      if constexpr (V::kChunkSums) {  // of tokens 2 t and 2 t + 1
+        const float2 x_sum = *reinterpret_cast<const float2*>(chunk_sums + (chunk + c) * 8 + 2 * t);
+        offset[c][0][0] = offset[c][0][2] = V::kMinus * x_sum.x;
+        offset[c][0][1] = offset[c][0][3] = V::kMinus * x_sum.y;
+      }
     }
 #pragma unroll
     for (int piece = 0; piece < V::kPieces; piece++)
 #pragma unroll
       for (int c = 0; c < CHUNKS; c++) {
         const uint4 b = x[(c * V::kPieces + piece) * M * 4];
-        if constexpr (V::kOffset) {  // minus (kBase + 8) times the sum of x, once for all rows
-          constexpr uint32_t kMinus = 0xc308c308u;  // -136, -136
-          const uint32_t minus[4] = {kMinus, kMinus, kMinus, kMinus};
+        if constexpr (V::kOffset && !V::kChunkSums) {  // kMinus times the sum of x, once for all rows
+          constexpr uint32_t kPair = 0xc308c308u;      // kMinus, kMinus
+          const uint32_t minus[4] = {kPair, kPair, kPair, kPair};
           Matrix<Element>::multiply(R == 1 ? part[c][0][0] : offset[c][0], minus, b.x, b.y);
           Matrix<Element>::multiply(R == 1 ? part[c][1][0] : offset[c][1], minus, b.z, b.w);
         }
@@ -328,7 +369,8 @@ __global__ void __launch_bounds__(32 * WARPS, WARPS == 8 ? 3 : 1) linear_vector_
 #pragma unroll
             for (int i = 2 * h; i < 2 * h + 2; i++) {
               float value = part[c][0][r][i] + part[c][1][r][i];
-              if (V::kOffset && R > 1) value += offset[c][0][i] + offset[c][1][i];
+              if (V::kChunkSums) value += offset[c][0][i];
+              else if (V::kOffset && R > 1) value += offset[c][0][i] + offset[c][1][i];
               sum[0][r][i] = fmaf(scale, value, sum[0][r][i]);
             }
           }
