@@ -52,15 +52,22 @@ def split_head(model: ir.Model, data_file: Path, max_alloc_bytes: int) -> tuple[
         max_alloc_bytes: most that one part may take.
 
     Returns:
-        The parts; one of them when the model was left as it was.
+        The parts; one of them when the model was left as it was, as one with a quantized head is.
 
     Raises:
-        ValueError: the graph does not end as the export ends it.
+        ValueError: the graph does not end as the export ends it, or its head is quantized and larger than `max_alloc_bytes`.
     """
     graph = model.graph
     logits = next(value for value in graph.outputs if value.name == names.LOGITS)
-    product = made_by(before_cast(logits), "MatMul")
+    product = _head_product(logits)
     weight = None if product is None else product.inputs[1]
+    quantized = _quantized_weight(weight)
+    if quantized is not None:
+        if quantized.nbytes > max_alloc_bytes:
+            raise ValueError(
+                f"a quantized LM head of {quantized.nbytes >> 20} MiB, to be cut below {max_alloc_bytes >> 20} MiB"
+            )
+        return (HeadPart(0, int(quantized.shape.numpy()[1])),)
     tensor = None if weight is None else weight.const_value
     if product is None or weight is None or tensor is None or weight.dtype is None:
         raise ValueError("the logits are not written as the export writes them")
@@ -80,6 +87,19 @@ def split_head(model: ir.Model, data_file: Path, max_alloc_bytes: int) -> tuple[
     replace(graph, product.outputs[0], nodes)
     drop_unused(model)
     return parts
+
+
+def _head_product(logits: ir.Value) -> ir.Node | None:
+    """Find the MatMul of the logits: before a Cast, or before the Mul that a quantized head ends with for TensorRT-RTX."""
+    value = before_cast(logits)
+    scaled = made_by(value, "Mul")
+    return made_by(scaled.inputs[0] if scaled else value, "MatMul")
+
+
+def _quantized_weight(weight: ir.Value | None) -> ir.TensorProtocol | None:
+    """Return the integers, or small floats, that a weight is dequantized from."""
+    node = made_by(weight, "DequantizeLinear")
+    return None if node is None or node.inputs[0] is None else node.inputs[0].const_value
 
 
 def _write_parts(

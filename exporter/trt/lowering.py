@@ -23,6 +23,7 @@ from mmm_export.exporter.trt.operators import Operators
 from mmm_export.manifest import TensorInfo
 
 HEAD_DATA = "head.data"
+BLOCK_OPSET = 21
 
 
 @dataclass(frozen=True)
@@ -120,8 +121,9 @@ def _lower(model: ir.Model, path: Path, operators: Operators, max_alloc_bytes: i
         else:
             rewritten["cache write"] = write_plain_caches(model)
         parts = len(split_head(model, path.parent / HEAD_DATA, max_alloc_bytes))
-    # The operators that the export uses mean the same in both opsets.
-    model.opset_imports[""] = operators.opset
+    # The operators that the export uses mean the same in all of these opsets; blocks of weights that share a scale came with 21.
+    blocks = any("block_size" in node.attributes for node in model.graph if node.op_type == "DequantizeLinear")
+    model.opset_imports[""] = max(operators.opset, BLOCK_OPSET) if blocks else operators.opset
     return Lowered(path, in_place, parts, {name: count for name, count in rewritten.items() if count})
 
 

@@ -19,6 +19,7 @@ from mmm_export.exporter.trt.lowering import refuse_foreign_operators
 from mmm_export.exporter.trt.number_formats import number_formats, refuse_unsupported
 from mmm_export.exporter.trt.operators import Operators, Version, operators_of
 from mmm_export.exporter.trt.profiles import ProfileOptions
+from mmm_export.exporter.trt.quantized_form import refuse_other_form
 from mmm_export.exporter.trt.targets import NAMES, RTX_CAPABILITIES, TARGETS, Device, Target, dotted, target_named
 from mmm_export.manifest import Manifest, check_files, read_manifest
 
@@ -114,6 +115,7 @@ def plan_engine(bundle: Path, options: EngineOptions, *, dry_run: bool, check_co
         refuse_foreign_operators(model, name)
         formats |= number_formats(model)
     refuse_unsupported(formats, capabilities, flavor, version)
+    form_findings = refuse_other_form(manifest, flavor)
     if flavor == "tensorrt-rtx" and options.timing_cache is not None:
         raise OptionError(
             "--timing-cache is not for TensorRT-RTX",
@@ -131,7 +133,7 @@ def plan_engine(bundle: Path, options: EngineOptions, *, dry_run: bool, check_co
     found = estimate(manifest, sizes, operators)
     device = here if here is not None and here.capability in capabilities else None
     _refuse_too_large(manifest, sizes, operators, options, target, device)
-    findings = [*manifest.findings, *_build_memory_findings(found, flavor, dry_run=dry_run)]
+    findings = [*manifest.findings, *form_findings, *_build_memory_findings(found, flavor, dry_run=dry_run)]
     if manifest.dtype == "fp32":
         findings.append("fp32 weights: an fp16 bundle takes half the memory and decodes twice as fast")
     return EnginePlan(
