@@ -19,7 +19,7 @@ def main() -> int:
         graph,
         quantize_mode=form,
         calibration_method=method,
-        calibration_data_reader=Calls(Path(graph), Path(calls), by_token=method == "entropy"),
+        calibration_data_reader=Calls(Path(graph), Path(calls), by_token=method != "max"),
         calibration_eps=["cpu"],
         op_types_to_quantize=["MatMul"],
         high_precision_dtype="fp32",
