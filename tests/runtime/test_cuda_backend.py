@@ -78,7 +78,7 @@ def test_a_chunk_that_fails_leaves_the_state_as_it_was(both: tuple[Session, Sess
     for session in both:
         session.prefill(ids, pixels)
     backend: Any = device._backend
-    read, calls = backend._read, []
+    read, calls = backend._read_row, []
 
     def fail_late(*arguments: Any) -> Any:
         calls.append(read(*arguments))  # the states of the other slot are written by then
@@ -86,7 +86,7 @@ def test_a_chunk_that_fails_leaves_the_state_as_it_was(both: tuple[Session, Sess
             raise MmmError("no memory")
         return calls[-1]
 
-    monkeypatch.setattr(backend, "_read", fail_late)
+    monkeypatch.setattr(backend, "_read_row", fail_late)
     with pytest.raises(MmmError, match="no memory"):
         device.prefill(text_ids(device.manifest.model, 30, seed=3))
     assert device.tokens == host.tokens
