@@ -18,15 +18,19 @@ from mmm_export.runtime.backend import Array
 from mmm_export.runtime.device_values import CUDA, DeviceStatePool, DeviceTensor
 from mmm_export.runtime.graph_loading import ProviderChoice, open_graph
 from mmm_export.runtime.onnxruntime_backend import explained
+from mmm_export.runtime.pinned_memory import PinnedMemoryError, PinnedTensor
 from mmm_export.runtime.state_layout import GRAPH_DTYPE, STORAGE, state_layout
+from mmm_export.runtime.token_rows import TokenRows
 
 _NO_GRAPH = "-1"  # the id of a run that ONNX Runtime shall neither capture nor replay
+_CHECKED_ROWS = 64  # of the embedding table, compared with what the embedding graph makes of their ids
 
 
 class OnnxRuntimeCudaBackend:
     """Runs a bundle on a GPU. Implements `Backend`.
 
-    Of a call only token ids go to the GPU, and only logits come back. Decode steps of a model without attention layers are captured
+    Of a call only token ids, or the embedding of one, go to the GPU, and only logits come back, written into the host's memory by the
+    GPU itself. Decode steps of a model without attention layers are captured
     in two CUDA graphs, one for each direction between the two slots of states; where ONNX Runtime cannot capture, they are launched
     one by one.
 
@@ -83,7 +87,10 @@ class OnnxRuntimeCudaBackend:
         self._pool = DeviceStatePool(state_layout(manifest), device)
         self._past_lengths = DeviceTensor((1,), "int32", device)
         self._no_features = DeviceTensor((0, self._spec.hidden_size), self._dtype, device)
-        self._logits = DeviceTensor((1, 1, self._spec.vocab_size), "float32", device)
+        self._logits = _output((1, 1, self._spec.vocab_size), "float32", device)
+        self._run_options = tuple(self._options_of(graph) for graph in (_NO_GRAPH, "1", "2"))
+        self._chunk: _Chunk | None = None
+        self._rows = self._checked_rows(folder)
         self._step_ids = DeviceTensor((1, 1), "int64", device)
         self._step_embeds = DeviceTensor((1, 1, self._spec.hidden_size), self._dtype, device)
         self._step_lengths = DeviceTensor((1,), "int32", device)
@@ -131,41 +138,63 @@ class OnnxRuntimeCudaBackend:
 
     def close(self) -> None:
         del self._steps, self._step_embedding, self._pool, self._decoder, self._vision, self._embedding
+        if isinstance(self._logits, PinnedTensor):
+            self._logits.close()
         del self._logits, self._step_ids, self._step_embeds, self._step_lengths, self._no_features, self._past_lengths
+        del self._chunk, self._rows
 
-    def _step(self, input_ids: NDArray[np.int64]) -> DeviceTensor:
+    def _step(self, input_ids: NDArray[np.int64]) -> DeviceTensor | PinnedTensor:
         """Run one token from the current slot into the other; all addresses are fixed."""
         slot = self._pool.current
-        self._step_ids.write(input_ids[None])
-        with explained(names.EMBEDDING_FILE):
-            self._embedding.run_with_iobinding(self._step_embedding)
+        if self._rows is not None:
+            self._step_embeds.write(self._rows.look_up(input_ids)[None])
+        else:
+            self._step_ids.write(input_ids[None])
+            with explained(names.EMBEDDING_FILE):
+                self._embedding.run_with_iobinding(self._step_embedding)
         with explained(names.DECODER_FILE):
-            self._decoder.run_with_iobinding(self._steps[slot], self._run_options(str(slot + 1)))
+            self._decoder.run_with_iobinding(self._steps[slot], self._run_options[slot + 1])
         return self._logits
 
-    def _read(self, input_ids: NDArray[np.int64], features: Array | None) -> DeviceTensor:
+    def _read(self, input_ids: NDArray[np.int64], features: Array | None) -> DeviceTensor | PinnedTensor:
         """Run a chunk of tokens from the current slot into the other."""
         count = len(input_ids)
-        ids = DeviceTensor((1, count), "int64", self._device)
-        ids.write(np.ascontiguousarray(input_ids[None]))
+        if self._chunk is None or self._chunk.count != count:
+            self._chunk = None  # gives its memory back before more is asked for
+            self._chunk = _Chunk(count, self._spec.hidden_size, self._dtype, self._device)
+        chunk = self._chunk
+        chunk.ids.write(np.ascontiguousarray(input_ids[None]))
         rows = self._no_features
         if features is not None:
             rows = DeviceTensor(features.shape, self._dtype, self._device)
             rows.write(np.ascontiguousarray(features, STORAGE[self._dtype]))
-        embeds = DeviceTensor((1, count, self._spec.hidden_size), self._dtype, self._device)
-        lengths = DeviceTensor((1,), "int32", self._device)
-        lengths.write(np.array([count], np.int32))
         logits = self._logits
         if self._manifest.logits == "all":
             logits = DeviceTensor((1, count, self._spec.vocab_size), "float32", self._device)
         with explained(names.EMBEDDING_FILE):
-            self._embedding.run_with_iobinding(self._bound_embedding(ids, rows, embeds))
-        binding = self._bound_decoder(self._pool.current, embeds, lengths, logits)
+            self._embedding.run_with_iobinding(self._bound_embedding(chunk.ids, rows, chunk.embeds))
+        binding = self._bound_decoder(self._pool.current, chunk.embeds, chunk.lengths, logits)
         with explained(names.DECODER_FILE):
-            self._decoder.run_with_iobinding(binding, self._run_options(_NO_GRAPH))
+            self._decoder.run_with_iobinding(binding, self._run_options[0])
         return logits
 
-    def _run_options(self, graph: str) -> onnxruntime.RunOptions:
+    def _checked_rows(self, folder: Path) -> TokenRows | None:
+        """Map the embedding table, if the embedding graph does nothing but look up its rows."""
+        vocabulary = self._spec.vocab_size
+        path = folder / (names.EMBEDDING_FILE + names.WEIGHTS_SUFFIX)
+        rows = TokenRows.open(path, self._spec.hidden_size, STORAGE[self._dtype], vocabulary)
+        ids = np.unique(np.linspace(0, vocabulary - 1, _CHECKED_ROWS, dtype=np.int64))
+        ids = ids[ids != self._spec.image_token_id]
+        taken = DeviceTensor((1, len(ids)), "int64", self._device)
+        taken.write(ids[None])
+        made = DeviceTensor((1, len(ids), self._spec.hidden_size), self._dtype, self._device)
+        with explained(names.EMBEDDING_FILE):
+            self._embedding.run_with_iobinding(self._bound_embedding(taken, self._no_features, made))
+        if rows is None or rows.look_up(ids).tobytes() != made.read().tobytes():
+            return None
+        return rows
+
+    def _options_of(self, graph: str) -> onnxruntime.RunOptions:
         options = onnxruntime.RunOptions()
         if self.captures_steps:
             options.add_run_config_entry("gpu_graph_id", graph)
@@ -178,7 +207,9 @@ class OnnxRuntimeCudaBackend:
         embeds.bind_output(binding, names.INPUTS_EMBEDS)
         return binding
 
-    def _bound_decoder(self, slot: int, embeds: DeviceTensor, lengths: DeviceTensor, logits: DeviceTensor) -> Any:
+    def _bound_decoder(
+        self, slot: int, embeds: DeviceTensor, lengths: DeviceTensor, logits: DeviceTensor | PinnedTensor
+    ) -> Any:
         """Bind a run that reads the states of one slot and writes those of the other."""
         binding = self._decoder.io_binding()
         embeds.bind_input(binding, names.INPUTS_EMBEDS)
@@ -191,6 +222,27 @@ class OnnxRuntimeCudaBackend:
             tensor.bind_output(binding, names.present(name))
         logits.bind_output(binding, names.LOGITS)
         return binding
+
+
+class _Chunk:
+    """What a chunk of `count` tokens is read from, kept for the next one: allocating on a GPU waits for all that runs there."""
+
+    def __init__(self, count: int, width: int, dtype: str, device: str) -> None:
+        self.count = count
+        self.ids = DeviceTensor((1, count), "int64", device)
+        self.embeds = DeviceTensor((1, count, width), dtype, device)
+        self.lengths = DeviceTensor((1,), "int32", device)
+        self.lengths.write(np.array([count], np.int32))
+
+
+def _output(shape: tuple[int, ...], dtype: str, device: str) -> DeviceTensor | PinnedTensor:
+    """Memory for what goes to the host: there already, unless the driver gives none that a GPU can write."""
+    if device == CUDA:
+        try:
+            return PinnedTensor(shape, dtype)
+        except PinnedMemoryError:
+            pass
+    return DeviceTensor(shape, dtype, device)
 
 
 def _provider_options(more: Mapping[str, str]) -> dict[str, str]:
