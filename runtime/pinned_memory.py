@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mmm_export.runtime.device_values import CUDA, ELEMENT_TYPES
+from mmm_export.runtime.device_values import CUDA, ELEMENT_TYPES, DeviceTensor
 
 _DRIVER = "libcuda.so.1"
 _PORTABLE, _MAPPED = 1, 2  # of cuMemHostAlloc: for every context, and at an address that kernels take
@@ -31,7 +31,7 @@ class PinnedTensor:
     wrote is there once their stream was waited for.
 
     Args:
-        shape: of the tensor.
+        shape: of the tensor, which is not empty.
         dtype: numpy's name.
 
     Raises:
@@ -42,18 +42,19 @@ class PinnedTensor:
         self.shape = tuple(shape)
         self._dtype = dtype
         driver = _driver()
-        bytes_ = max(1, math.prod(self.shape) * np.dtype(dtype).itemsize)
+        bytes_ = math.prod(self.shape) * np.dtype(dtype).itemsize
         address = ctypes.c_void_p()
         with _context(driver):
             _check(driver.cuMemHostAlloc(ctypes.byref(address), ctypes.c_size_t(bytes_), _PORTABLE | _MAPPED))
         self._address = int(address.value or 0)
         self._free = weakref.finalize(self, _free, driver, self._address)
-        memory = (ctypes.c_char * bytes_).from_address(self._address)
-        self._array: NDArray[Any] = np.frombuffer(memory, dtype, math.prod(self.shape)).reshape(self.shape)
+        memory = (ctypes.c_uint8 * bytes_).from_address(self._address)
+        self._array: NDArray[Any] = np.ctypeslib.as_array(memory).view(dtype).reshape(self.shape)
 
     def read(self) -> NDArray[Any]:
         """Copy what is there; the memory itself is overwritten by the next run."""
-        return self._array.copy()
+        copy: NDArray[Any] = self._array.copy()
+        return copy
 
     def bind_output(self, binding: Any, name: str) -> None:
         """Let a run write the output `name` here; updates `binding`."""
@@ -62,6 +63,16 @@ class PinnedTensor:
     def close(self) -> None:
         """Free the memory; no run may write it, and nobody read a view of it, afterwards."""
         self._free()
+
+
+def tensor_for_host(shape: Sequence[int], device: str) -> DeviceTensor | PinnedTensor:
+    """Memory for float32 numbers that a run computes and the host reads: pinned, unless the driver gives none."""
+    if device == CUDA:
+        try:
+            return PinnedTensor(shape, "float32")
+        except PinnedMemoryError:
+            pass
+    return DeviceTensor(shape, "float32", device)
 
 
 @functools.cache

@@ -252,7 +252,7 @@ def test_a_nan_in_the_kv_cache_is_gone_after_a_reset() -> None:
             array[...] = np.nan
     session.reset()
     assert np.isfinite(session.prefill([5, 6])).all()
-    state = backend.pool.slots[backend.pool.current]
+    state = backend.pool.past(0)
     assert all(np.isfinite(array).all() for array in state.values())
 
 

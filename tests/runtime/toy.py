@@ -56,7 +56,7 @@ class ToyBackend:
 
     @property
     def tokens(self) -> int:
-        return self.pool.tokens
+        return self.pool.positions[0].tokens
 
     def image_features(self, pixel_values: Any) -> Any:
         self.tile_calls.append(len(pixel_values))
@@ -69,13 +69,13 @@ class ToyBackend:
         self.calls.append(len(input_ids))
         self.before_call(call)
         images = iter(() if features is None else features)
-        old, new = self.pool.slots[self.pool.current], self.pool.slots[1 - self.pool.current]
+        old, new = self.pool.past(0), self.pool.present(0)
         for name in old:
             new[name][...] = old[name]
         for offset, token in enumerate(input_ids):
             is_image = token == self.spec.image_token_id
             hidden = next(images).astype(np.float64) if is_image else self.table[token]
-            position = self.pool.tokens + offset
+            position = self.pool.positions[0].tokens + offset
             for layer, tensor in enumerate(self.pool.layout):
                 state = new[tensor.name]
                 if tensor.per_token:
@@ -86,11 +86,11 @@ class ToyBackend:
                     state += np.resize(hidden, state.shape) * 0.5
                     hidden = np.tanh(np.roll(hidden, layer + 1) - np.resize(state.mean(axis=-1), hidden.shape))
         assert next(images, None) is None
-        self.pool.commit(len(input_ids))
+        self.pool.positions.commit(0, len(input_ids))
         self.after_call(call)
         if self.script is not None:
             logits = np.zeros(self.spec.vocab_size, np.float32)
-            logits[self.script(self.pool.tokens)] = 9
+            logits[self.script(self.pool.positions[0].tokens)] = 9
             return logits
         return (self.head @ hidden).astype(np.float32)
 
