@@ -19,17 +19,21 @@ from mmm_export.runtime.decode_step import DecodeStep
 from mmm_export.runtime.device_values import CUDA, DeviceRows, DeviceStatePool, DeviceTensor
 from mmm_export.runtime.graph_loading import ProviderChoice, open_graph
 from mmm_export.runtime.onnxruntime_backend import explained
+from mmm_export.runtime.pinned_memory import PinnedTensor, tensor_for_host
 from mmm_export.runtime.rows_backend import RowsBackend
 from mmm_export.runtime.state_layout import GRAPH_DTYPE, STORAGE, state_layout
+from mmm_export.runtime.token_rows import TokenRows
 
 _NO_GRAPH = "-1"  # the id of a run that ONNX Runtime shall neither capture nor replay
+_CHECKED_ROWS = 64  # of the embedding table, compared with what the embedding graph makes of their ids
 
 
 class OnnxRuntimeCudaBackend(RowsBackend):
     """Runs a bundle on a GPU. Implements `Backend`, and `BatchBackend`.
 
-    Of a call only token ids go to the GPU, and only logits come back. Decode steps of a model without attention layers are captured
-    in CUDA graphs, one for each number of rows and direction between the two slots of states; where ONNX Runtime cannot capture, they
+    Of a prompt only token ids go to the GPU, of a step the embeddings of its tokens; only logits come back, written into host memory
+    by the GPU itself. Decode steps of a model without attention layers are captured in CUDA graphs, one for each number of rows and
+    direction between the two slots of states; where ONNX Runtime cannot capture, they
     are launched one by one. A step runs 1, 2, 4, 8 ... rows, or all: the least that holds those in use.
 
     Args:
@@ -88,8 +92,11 @@ class OnnxRuntimeCudaBackend(RowsBackend):
         super().__init__(self._pool)
         self._past_lengths = DeviceTensor((1,), "int32", device)
         self._no_features = DeviceTensor((0, self._spec.hidden_size), self._dtype, device)
-        self._row_logits = DeviceTensor((1, 1, self._spec.vocab_size), "float32", device)
+        self._row_logits = tensor_for_host((1, 1, self._spec.vocab_size), device)
         self._steps: dict[int, DecodeStep] = {}
+        self._prompt_options = self._run_options(_NO_GRAPH)
+        self._chunk: _Chunk | None = None
+        self._token_rows = self._checked_rows(folder)
 
     def image_features(self, pixel_values: Array) -> Array:
         rows = len(pixel_values) * self._spec.vision.tokens_per_tile
@@ -104,8 +111,12 @@ class OnnxRuntimeCudaBackend(RowsBackend):
         return features.read()
 
     def close(self) -> None:
+        host_tensors = [self._row_logits, *(step.logits for step in self._steps.values())]
         del self._steps, self._pool, self._row_pool, self._decoder, self._vision, self._embedding
-        del self._row_logits, self._no_features, self._past_lengths
+        del self._row_logits, self._no_features, self._past_lengths, self._chunk, self._token_rows
+        for tensor in host_tensors:
+            if isinstance(tensor, PinnedTensor):
+                tensor.close()  # last: no graph that writes it is left
 
     def _read_row(self, row: int, input_ids: NDArray[np.int64], features: Array | None) -> NDArray[np.float32]:
         logits = self._run_row(row, input_ids, features, len(input_ids))
@@ -114,29 +125,32 @@ class OnnxRuntimeCudaBackend(RowsBackend):
         last: NDArray[np.float32] = host[0, -1]
         return last if host.shape[1] == 1 else last.copy()
 
-    def _run_row(self, row: int, input_ids: NDArray[np.int64], features: Array | None, length: int) -> DeviceTensor:
-        """Run a chunk of which `length` tokens count from a row's past into its present; return the logits on the device."""
+    def _run_row(
+        self, row: int, input_ids: NDArray[np.int64], features: Array | None, length: int
+    ) -> DeviceTensor | PinnedTensor:
+        """Run a chunk of which `length` tokens count from a row's past into its present; return the logits."""
         count = len(input_ids)
-        ids = DeviceTensor((1, count), "int64", self._device)
-        ids.write(np.ascontiguousarray(input_ids[None]))
+        if self._chunk is None or self._chunk.count != count:
+            self._chunk = None  # gives its memory back before more is asked for
+            self._chunk = _Chunk(count, self._spec.hidden_size, self._dtype, self._device)
+        chunk = self._chunk
+        chunk.write(input_ids, length)
         rows = self._no_features
         if features is not None:
             rows = DeviceTensor(features.shape, self._dtype, self._device)
             rows.write(np.ascontiguousarray(features, STORAGE[self._dtype]))
-        embeds = DeviceTensor((1, count, self._spec.hidden_size), self._dtype, self._device)
-        lengths = DeviceTensor((1,), "int32", self._device)
-        lengths.write(np.array([length], np.int32))
-        self._past_lengths.write(np.array([self.tokens_of(row)], np.int32))
+        if self._takes_past_lengths:
+            self._past_lengths.write(np.array([self.tokens_of(row)], np.int32))
         logits = self._row_logits
         if self._manifest.logits == "all":
             logits = DeviceTensor((1, count, self._spec.vocab_size), "float32", self._device)
         with explained(names.EMBEDDING_FILE):
-            self._embedding.run_with_iobinding(self._bound_embedding(ids, rows, embeds))
+            self._embedding.run_with_iobinding(self._bound_embedding(chunk.ids, rows, chunk.embeds))
         binding = self._bound_decoder(
-            embeds, lengths, self._past_lengths, self._pool.past(row), self._pool.present(row), logits
+            chunk.embeds, chunk.lengths, self._past_lengths, self._pool.past(row), self._pool.present(row), logits
         )
         with explained(names.DECODER_FILE):
-            self._decoder.run_with_iobinding(binding, self._run_options(_NO_GRAPH))
+            self._decoder.run_with_iobinding(binding, self._prompt_options)
         return logits
 
     def _step_rows(
@@ -144,13 +158,32 @@ class OnnxRuntimeCudaBackend(RowsBackend):
     ) -> NDArray[np.float32]:
         lanes = len(ids)
         step = self._steps.get(lanes) or self._made_step(lanes)
-        step.write(ids, lengths, past_lengths if self._takes_past_lengths else None)
-        with explained(names.EMBEDDING_FILE):
-            self._embedding.run_with_iobinding(step.embedding)
+        step.write(lengths, past_lengths if self._takes_past_lengths else None)
+        if self._token_rows is not None:
+            step.embeds.write(self._token_rows.look_up(ids))
+        else:
+            step.ids.write(ids)
+            with explained(names.EMBEDDING_FILE):
+                self._embedding.run_with_iobinding(step.embedding)
         with explained(names.DECODER_FILE):
-            self._decoder.run_with_iobinding(step.decoders[slot], self._run_options(str(2 * lanes + slot)))
+            self._decoder.run_with_iobinding(step.decoders[slot], step.options[slot])
             logits: NDArray[np.float32] = step.logits.read()
         return logits[:, 0]
+
+    def _checked_rows(self, folder: Path) -> TokenRows | None:
+        """Map the embedding table, if the embedding graph does nothing but look up its rows."""
+        vocabulary = self._spec.vocab_size
+        path = folder / (names.EMBEDDING_FILE + names.WEIGHTS_SUFFIX)
+        rows = TokenRows.open(path, self._spec.hidden_size, STORAGE[self._dtype], vocabulary)
+        if rows is None:
+            return None
+        ids = np.unique(np.linspace(0, vocabulary - 1, _CHECKED_ROWS, dtype=np.int64))
+        ids = ids[ids != self._spec.image_token_id]
+        chunk = _Chunk(len(ids), self._spec.hidden_size, self._dtype, self._device)
+        chunk.write(ids, len(ids))
+        with explained(names.EMBEDDING_FILE):
+            self._embedding.run_with_iobinding(self._bound_embedding(chunk.ids, self._no_features, chunk.embeds))
+        return rows if rows.look_up(ids).tobytes() == chunk.embeds.read().tobytes() else None
 
     def _gather(self) -> None:
         # A run of no tokens writes the state that it reads: a copy within the device, for the price of a decode step.
@@ -169,6 +202,7 @@ class OnnxRuntimeCudaBackend(RowsBackend):
             self._bound_decoder(step.embeds, step.lengths, step.past_lengths, sides[slot], sides[1 - slot], step.logits)
             for slot in range(2)
         )
+        step.options = tuple(self._run_options(str(2 * lanes + slot)) for slot in range(2))
         self._steps[lanes] = step
         return step
 
@@ -192,7 +226,7 @@ class OnnxRuntimeCudaBackend(RowsBackend):
         past_lengths: DeviceTensor,
         past: Mapping[str, DeviceRows],
         present: Mapping[str, DeviceRows],
-        logits: DeviceTensor,
+        logits: DeviceTensor | PinnedTensor,
     ) -> Any:
         """Bind a run that reads the states `past` and writes `present`."""
         binding = self._decoder.io_binding()
@@ -206,6 +240,20 @@ class OnnxRuntimeCudaBackend(RowsBackend):
             tensor.bind_output(binding, names.present(name))
         logits.bind_output(binding, names.LOGITS)
         return binding
+
+
+class _Chunk:
+    """What a chunk of `count` tokens is read from, kept for the next one: to allocate on a GPU is to wait for all that runs there."""
+
+    def __init__(self, count: int, width: int, dtype: str, device: str) -> None:
+        self.count = count
+        self.ids = DeviceTensor((1, count), "int64", device)
+        self.embeds = DeviceTensor((1, count, width), dtype, device)
+        self.lengths = DeviceTensor((1,), "int32", device)
+
+    def write(self, input_ids: NDArray[np.int64], length: int) -> None:
+        self.ids.write(np.ascontiguousarray(input_ids[None]))
+        self.lengths.write(np.array([length], np.int32))
 
 
 def _provider_options(more: Mapping[str, str]) -> dict[str, str]:
