@@ -54,7 +54,9 @@ class BenchOptions:
 class Measurement:
     """One row: times in ms over `runs` prefills or decode steps; what no meter tells is None.
 
-    Of a batch a decode step is one run of all rows, and `tokens_per_s` counts them all; prompts are read one by one, and a prefill
+    A prefill ends when its first token is chosen: its time is the time to the first token.
+
+    Of a batch, a decode step is one run of all rows, and `tokens_per_s` counts them all; prompts are read one by one, and a prefill
     is that of one row. `roofline` is the least time that the memory allows over the median, in (0, 1] on an exact bandwidth.
     """
 
@@ -181,6 +183,7 @@ def _measure_length(
             for _ in range(batch):
                 begin = clock()
                 logits.append(sequences.prefill(ids))
+                _likeliest(logits[-1], sequences.manifest.model.image_token_id)
                 times.append(clock() - begin)
     used = _joules(energy, joules, length * len(times))
     prefill = _row("prefill", length, times, length, prefill_memory.peak, used, None, batch)

@@ -61,8 +61,9 @@ FORMATS = (".png", ".svg", ".pdf")
 def bench(bundle: Path, lengths: str, batch: str, **rest: Any) -> None:
     """Time a BUNDLE, or an engine: prefill and decode apart, with memory, energy and the roofline.
 
-    Prompts are random tokens. Times are medians, with what 10 and 90 percent of the runs took. The roofline is the least
-    time in which the memory can deliver weights and state for a decode step, as a share of the time it took.
+    Prompts are random tokens, and a prefill ends with its first token: its ms is the time to the first token. Times are medians, with
+    what 10 and 90 percent of the runs took. The roofline is the least time in which the memory can deliver weights and state for a
+    decode step, as a share of the time it took.
 
     With --batch 8 a decode step gives each of 8 sequences a token, which hold the same prompt; prompts are read one by one.
 

@@ -29,6 +29,7 @@ def bench_table(bench: Bench) -> str:
         for row in (header, tuple("-" * width for width in widths), *rows)
     ]
     notes = [f"device: {bench.device}", f"memory: {bench.memory_metric}"]
+    notes.append("ms: of pp, the time to the first token; of tg, of a decode step")
     if has_batches:
         notes.append("batch: sequences decoded in one step; t/s of all, and of each; prompts (pp) are read one by one")
     if bench.energy_metric:
