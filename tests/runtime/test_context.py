@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -268,5 +269,5 @@ def test_bfloat16_states_take_two_bytes() -> None:
     import dataclasses
 
     session, backend = toy_session("linear")
-    half = Session(session._folder, dataclasses.replace(session.manifest, dtype="bf16"), backend)
+    half = Session(Path(), dataclasses.replace(session.manifest, dtype="bf16"), backend)
     assert session.state_bytes - half.state_bytes == 4 * 128 * 2  # the conv states of four layers
