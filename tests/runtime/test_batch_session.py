@@ -314,6 +314,16 @@ def test_a_list_goes_on_after_a_question_that_cannot_be_answered(folder: Path) -
     assert outcome(found[2].answer) == alone(folder, "linear", "c", options)
 
 
+def test_leaving_a_list_early_frees_the_rows_of_answers_under_way(folder: Path) -> None:
+    batch, _ = toy_batch(rows=3, folder=folder)
+    lengths = (2, 50, 50, 50)
+    questions = [Question("Hi", options=GenerationOptions(max_new_tokens=length, **ENDLESS)) for length in lengths]
+    found = batch.answers(questions)
+    assert next(found).number == 0
+    found.close()  # type: ignore[attr-defined]
+    assert batch.free_rows == 3
+
+
 def test_a_list_does_not_wait_for_rows_that_nobody_will_free(folder: Path) -> None:
     batch, _ = toy_batch(rows=1, folder=folder)
     row, _ = batch.prefill([5, 6])
