@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,9 +63,11 @@ def mapped(graph: Path) -> NDArray[np.uint8]:
     return np.memmap(data_file(graph), np.uint8, "r")
 
 
-def all_weights(bundle: Path) -> Iterator[tuple[StoredWeight, NDArray[np.uint8]]]:
-    """Yield every weight of a bundle with its bytes, which stay in the mapped file until they are read."""
-    for file in names.GRAPH_FILES:
+def all_weights(
+    bundle: Path, files: Sequence[str] = names.GRAPH_FILES
+) -> Iterator[tuple[StoredWeight, NDArray[np.uint8]]]:
+    """Yield every weight of a bundle's graphs with its bytes, which stay in the mapped file until they are read."""
+    for file in files:
         weights = stored_weights(bundle / file)
         data = mapped(bundle / file) if weights else np.zeros(0, np.uint8)
         for weight in weights:

@@ -32,6 +32,7 @@ from mmm_export.runtime import Session
 from mmm_export.spec import ModelSpec
 
 PLAIN_CHUNK_TOKENS = 2048
+TUNED_AT = (1024, 32_768)  # lengths at which mamba-ssm's kernels are tuned anew
 LONG_TOKENS = 10_000  # prompts beyond take seconds in PyTorch: read once, and warmed up by shorter ones
 
 
@@ -126,6 +127,8 @@ def _measure_fast(part: Part, sizes: Sizes, model: figure_linear.FastLinear) -> 
         ids = part.tensor(part.prompt(length, model.spec.vocab_size))
         found: dict[str, Any] = {}
         about = {"contender": "triton", "tokens": length}
+        if length in TUNED_AT:
+            model.operators.retune()
 
         def prefill(_: int, ids: torch.Tensor = ids, found: dict[str, Any] = found) -> None:
             found["states"] = model.prefill(ids)[1]

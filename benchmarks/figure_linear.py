@@ -36,6 +36,9 @@ class MixerOperators(Protocol):
     def step(self, rows: Tensor, weights: MixerWeights, conv: Tensor, ssm: Tensor) -> Tensor:
         """Update conv (B, C) and ssm (B, H, P, N) by one row each, rows (B, projected_size) -> y (B, H*P)."""
 
+    def retune(self) -> None:
+        """Forget what was tuned, so that the next call tunes at its own length."""
+
 
 class PlainOperators:
     """The project's own PyTorch functions; for a machine without a GPU."""
@@ -58,6 +61,8 @@ class PlainOperators:
         conv.copy_(new_conv[:, :, 0])
         ssm.copy_(new_ssm)
         return y[:, 0]
+
+    def retune(self) -> None: ...
 
 
 class TritonOperators:
@@ -119,6 +124,17 @@ class TritonOperators:
         gate = rows[:, s.conv_channels : -s.heads]
         gated: Tensor = self.tk.gnorm(y.view(batch, -1), gate, w.norm_weight, GATE_NORM_EPS)
         return gated
+
+    def retune(self) -> None:
+        from mamba_ssm.ops.triton import ssd_bmm, ssd_chunk_scan, ssd_chunk_state, ssd_state_passing
+
+        # The keys of Triton's autotuner hold no length: whichever comes first would pick the kernels of all.
+        for module in (ssd_bmm, ssd_chunk_scan, ssd_chunk_state, ssd_state_passing):
+            for kernel in vars(module).values():
+                while hasattr(kernel, "fn") and not hasattr(kernel, "configs"):
+                    kernel = kernel.fn
+                if hasattr(kernel, "configs"):
+                    kernel.cache.clear()
 
 
 @dataclass(frozen=True)

@@ -15,32 +15,13 @@ from typing import Any
 import gpu_timing
 import numpy as np
 import torch
+from device_memory import DeviceMemory
 from numpy.typing import NDArray
 
 from mmm_export.bench.meters import AnonymousMemory
 
 Row = dict[str, Any]
 CHECK_TOKENS, CHECK_STEPS = 1024, 8
-
-
-class DeviceMemory:
-    """GPU memory in use beyond what was in use when this was made, just after the process got its CUDA context."""
-
-    metric = "GPU memory in use (cudaMemGetInfo) beyond the process's empty CUDA context"
-
-    def __init__(self) -> None:
-        torch.cuda.init()
-        torch.zeros(1, device="cuda")
-        torch.cuda.empty_cache()
-        self._before = self._used()
-
-    def read(self) -> int:
-        return self._used() - self._before
-
-    @staticmethod
-    def _used() -> int:
-        free, total = torch.cuda.mem_get_info()
-        return int(total - free)
 
 
 @dataclass
@@ -64,7 +45,7 @@ class Part:
         """Add a row to the file, so that it outlives what fails later."""
         with (self.folder / "rows.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
-        sys.stderr.write(f"{row}\n")
+        sys.stderr.write(f"{time.perf_counter():.1f} {row}\n")
 
     def attempt(self, about: Row, work: Callable[[], Row], seconds: float = 0.0) -> bool:
         """Note `about` with what the work found, or why it found nothing; the others shall go on.

@@ -172,14 +172,12 @@ def main() -> int:
             sys.exit("error: no bundle\n\nhint: python benchmarks/full_size_bundle.py build/full-size")
         rows = run_all(options, folder)
     from figure_summary import summary_rows
-    from result_file import RESULTS, write_results
+    from result_file import RESULTS, gpu_word, write_results
 
     where = _where(options.device)
     if options.device == "cuda":
         rows.insert(0, _gpu_facts())
-    words = where.split()
-    gpu = next((word.lower() for word in words if any(c.isdigit() for c in word)), "gpu")
-    results = options.results or (None if options.tiny else RESULTS / f"{gpu}-runtime.json")
+    results = options.results or (None if options.tiny else RESULTS / f"{gpu_word(where)}-runtime.json")
     rows += summary_rows(rows)
     if results:
         what = "prefill and decode of the 2.7B linear model, and of its attention teacher, by contender; random weights"

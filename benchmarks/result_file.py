@@ -55,6 +55,13 @@ def machine() -> str:
     return f"{names[0] if names else platform.machine()}, {len(os.sched_getaffinity(0))} cores, {gib:.0f} GiB"
 
 
+def gpu_word(name: str | None) -> str:
+    """The word of a GPU's name that result files begin with, such as "h100"; "cpu" for None."""
+    if name is None:
+        return "cpu"
+    return next((word.lower() for word in name.split() if any(c.isdigit() for c in word)), "gpu")
+
+
 def commit() -> str | None:
     """Name the commit of the working tree, with "+" when it holds changes; None outside a repository or without git."""
     if shutil.which("git") is None:

@@ -13,6 +13,7 @@ from bundle_weights import StoredWeight, all_weights
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mmm_export import names
 from mmm_export.manifest import read_manifest
 from mmm_export.model import tensors
 from mmm_export.model.decoder import MmMamba
@@ -26,21 +27,25 @@ _TORCH_TYPES = {
     onnx.TensorProto.FLOAT16: torch.float16,
     onnx.TensorProto.BFLOAT16: torch.bfloat16,
 }
+IMAGE_PATH = ("embedding_model.vision_embeddings.", "embedding_model.pixel_shuffle_proj.")
 TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def model_from_bundle(bundle: Path, device: str) -> MmMamba:
     """Build the PyTorch model over the weights of a bundle that is not quantized; its activations have the bundle's type.
 
-    A projection is a turned view of rows (out, in), as of a checkpoint; gate and up lie one behind the other where they were fused.
+    The image path stays without numbers. A projection is a turned view of rows (out, in), as of a checkpoint; gate and up lie one
+    behind the other where they were fused.
     """
     manifest = read_manifest(bundle)
     model = model_skeleton(manifest.model, dtype=TORCH_DTYPES[manifest.dtype])
     found: dict[str, Tensor] = {}
-    for weight, data in all_weights(bundle):
+    for weight, data in all_weights(bundle, (names.EMBEDDING_FILE, names.DECODER_FILE)):
         found.update(_parameters(weight, data, device))
     for name, old in list(model.named_parameters()):
-        set_parameter(model, name, found[name].view(old.shape) if old.dim() < 2 else found[name])
+        if not name.startswith(IMAGE_PATH):
+            assert found[name].shape == old.shape, (name, found[name].shape, old.shape)
+            set_parameter(model, name, found[name])
     return model.eval()
 
 
@@ -54,11 +59,13 @@ def _parameters(weight: StoredWeight, data: np.ndarray[Any, Any], device: str) -
 
 
 def random_model(spec: ModelSpec, dtype: torch.dtype, device: str, seed: int = 0) -> MmMamba:
-    """Build a model whose activations keep their magnitude, as `write_checkpoint` does, drawn on the device."""
+    """Build a model whose activations keep their magnitude, as `write_checkpoint` does, drawn on the device; no image path."""
     model = model_skeleton(spec, dtype=dtype)
     shapes = tensors.required_shapes(spec)
     generator = torch.Generator(device).manual_seed(seed)
     for name, old in list(model.named_parameters()):
+        if name.startswith(IMAGE_PATH):
+            continue
         owner = model.get_submodule(name.rpartition(".")[0])
         is_turned = isinstance(owner, Projection) and old.dim() == 2
         shape = tuple(reversed(old.shape)) if is_turned else tuple(old.shape)
