@@ -90,6 +90,7 @@ def measure_linear(part: Part, sizes: Sizes, bundle: Path, kit: Path | None) -> 
     """Measure the linear model in PyTorch: plain modules, and operators of the kit in a CUDA graph."""
     with _on(part.device):
         model = model_from_bundle(bundle, part.device)
+        part.tell("the weights are on the device")
         operators: Any = None
         if kit is not None and part.device == "cuda":
             operators = figure_linear.TritonOperators(model.spec, kit)
@@ -98,11 +99,14 @@ def measure_linear(part: Part, sizes: Sizes, bundle: Path, kit: Path | None) -> 
         fast = None if operators is None else figure_linear.FastLinear(model, operators)
         free_memory()
         _keep_plain_logits(part, sizes, model)
+        # The longest prompt of the plain modules comes last: it takes longest, and says least.
+        _measure_plain(part, sizes, model, sizes.lengths[0])
         if fast is None:
             part.note(name="decode", contender="triton", batch=1, tokens=sizes.lengths[0], missing="no kit was given")
         else:
             _measure_fast(part, sizes, fast)
-        _measure_plain(part, sizes, model)
+        if len(sizes.lengths) > 1:
+            _measure_plain(part, sizes, model, sizes.lengths[-1])
 
 
 def _keep_plain_logits(part: Part, sizes: Sizes, model: MmMamba) -> None:
@@ -121,6 +125,7 @@ def _keep_plain_logits(part: Part, sizes: Sizes, model: MmMamba) -> None:
 def _measure_fast(part: Part, sizes: Sizes, model: figure_linear.FastLinear) -> None:
     ids = part.tensor(part.prompt(sizes.check_tokens + CHECK_STEPS, model.spec.vocab_size))
     first, states = model.prefill(ids[: sizes.check_tokens])  # compiles, and tunes at this length
+    part.tell("mamba-ssm's kernels are compiled")
     states = figure_linear.batched(states, 1)
     part.keep_logits("triton", [first, *(model.step(t[None], states)[0] for t in ids[sizes.check_tokens :])])
     for length in sizes.lengths:
@@ -142,24 +147,23 @@ def _measure_fast(part: Part, sizes: Sizes, model: figure_linear.FastLinear) -> 
                 del states, work
 
 
-def _measure_plain(part: Part, sizes: Sizes, model: MmMamba) -> None:
-    """Measure decode steps after the shortest and the longest prompt, since the cost does not depend on it, and those prefills."""
-    for length in dict.fromkeys((sizes.lengths[0], sizes.lengths[-1])):
-        ids = part.tensor(part.prompt(length, model.spec.vocab_size))
-        found: dict[str, Any] = {}
-        about = {"contender": "plain", "tokens": length}
+def _measure_plain(part: Part, sizes: Sizes, model: MmMamba, length: int) -> None:
+    """Measure one prompt and decode steps after it, whose cost does not depend on its length."""
+    ids = part.tensor(part.prompt(length, model.spec.vocab_size))
+    found: dict[str, Any] = {}
+    about = {"contender": "plain", "tokens": length}
 
-        def prefill(_: int, ids: torch.Tensor = ids, found: dict[str, Any] = found) -> None:
-            found["states"] = figure_linear.plain_prefill(model, ids, PLAIN_CHUNK_TOKENS)[1]
+    def prefill(_: int) -> None:
+        found["states"] = figure_linear.plain_prefill(model, ids, PLAIN_CHUNK_TOKENS)[1]
 
-        row = functools.partial(_looped, part, prefill, 1, warm=int(length < LONG_TOKENS))
-        if part.attempt({"name": "prefill", "batch": 1, **about}, row, length / 8e3):
-            for batch in sizes.batches:
-                states = figure_linear.plain_batched(found["states"], batch)
-                work = figure_linear.plain_generation(model, states, torch.full((batch,), 5, device=part.device))
-                row = functools.partial(_looped, part, work, sizes.calls)
-                part.attempt({"name": "decode", "batch": batch, **about}, row, 1)
-                del states, work, row
+    row = functools.partial(_looped, part, prefill, 1, warm=int(length < LONG_TOKENS))
+    if part.attempt({"name": "prefill", "batch": 1, **about}, row, length / 8e3):
+        for batch in sizes.batches:
+            states = figure_linear.plain_batched(found["states"], batch)
+            work = figure_linear.plain_generation(model, states, torch.full((batch,), 5, device=part.device))
+            row = functools.partial(_looped, part, work, sizes.calls)
+            part.attempt({"name": "decode", "batch": batch, **about}, row, 1)
+            del states, work, row
 
 
 def measure_teacher(part: Part, sizes: Sizes, spec: ModelSpec, dtype: torch.dtype) -> None:

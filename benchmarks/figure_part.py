@@ -45,7 +45,12 @@ class Part:
         """Add a row to the file, so that it outlives what fails later."""
         with (self.folder / "rows.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
-        sys.stderr.write(f"{time.perf_counter():.1f} {row}\n")
+        self.tell(str(row))
+
+    @staticmethod
+    def tell(text: str) -> None:
+        """Tell what happens, with the time."""
+        sys.stderr.write(f"{time.strftime('%H:%M:%S')} {text}\n")
 
     def attempt(self, about: Row, work: Callable[[], Row], seconds: float = 0.0) -> bool:
         """Note `about` with what the work found, or why it found nothing; the others shall go on.

@@ -249,6 +249,7 @@ GPU_FIGURE = "gpu-runtime:figure"
 # The same for runs of whole models: by which files, and how.
 OF_GPUS: dict[str, tuple[str, Callable[[Results], str]]] = {
     "gpu-runtime": ("*-runtime.json", runtime_tables.runtime_table),
+    "gpu-runtime:short": ("*-runtime.json", runtime_tables.short_table),
     "gpu-runtime:ratios": ("*-runtime.json", runtime_tables.ratios_table),
     "gpu-runtime:roofline": ("*-runtime.json", runtime_tables.roofline_table),
     "gpu-runtime:memory": ("*-runtime.json", runtime_tables.memory_table),
