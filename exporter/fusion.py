@@ -47,6 +47,9 @@ def fuse_products(model: ir.Model) -> int:
                     _take_over(graph, *made)
                     fused += 1
         RemoveUnusedNodesPass()(model)
+    for node in graph:
+        if node.op_type == names.OP_NAME:
+            node.attributes["overlap"] = ir.AttrInt64("overlap", int(_reads_its_states_from_outside(node)))
     model.opset_imports[names.OP_DOMAIN] = 1
     return fused
 
@@ -116,6 +119,11 @@ def _gate_and_up(graph: ir.Graph, node: ir.Node) -> tuple[ir.Value, ir.Node] | N
     x = _given(node.inputs[0])
     rows = _turned(graph, (_given(node.inputs[1]), _given(other.inputs[1])))
     return product.outputs[0], _linear(x, rows, _norm_of(x), epilogue=SILU)
+
+
+def _reads_its_states_from_outside(scan: ir.Node) -> bool:
+    """Whether no node of this graph writes the states of a scan, which may then be read while the node before it still runs."""
+    return all(value is not None and value.is_graph_input() for value in scan.inputs[2:4])
 
 
 def _linear(

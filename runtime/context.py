@@ -112,6 +112,11 @@ class Context:
                 self._last_fed = int(everything[-1])
                 self.seen[everything] = True
 
+    def note_step(self, token: int) -> None:
+        """Update the context after its backend has read a token in a step of several rows."""
+        self._last_fed = token
+        self.seen[token] = True
+
     def _read(self, ids: NDArray[np.int64], features: ImageFeatures) -> NDArray[np.float32]:
         chunks = [ids[begin : begin + self._chunk_tokens] for begin in range(0, len(ids), self._chunk_tokens)]
         before = self._backend.tokens

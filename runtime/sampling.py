@@ -40,6 +40,10 @@ class Sampler:
 
         """
         if self.options.is_greedy:
+            best = int(np.argmax(logits)) if self.options.repetition_penalty == 1 else -1
+            # Without a copy of all logits, which would cost a good part of a decode step for each row of a batch.
+            if best >= 0 and best not in self._banned and np.isfinite(logits[best]):  # a NaN is a maximum too
+                return best
             return int(np.argmax(self._scores(logits, seen)))
         likely = self.probabilities(logits, seen)
         cumulative = np.cumsum(likely)

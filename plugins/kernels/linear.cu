@@ -187,9 +187,54 @@ cudaError_t enqueue(const mmm_linear_args& args, const Device& device) {
   return cudaSuccess;
 }
 
-uint64_t normalised_bytes(const mmm_linear_shape& shape) {
-  const uint64_t bytes = uint64_t{2} * static_cast<uint64_t>(shape.tokens) * static_cast<uint64_t>(shape.inputs);
-  return shape.normalise ? (bytes + 255) / 256 * 256 : 0;  // what follows is aligned too
+// Of gate and up, whose products lie in the workspace until they are multiplied: so few that they are still in the L2.
+constexpr int kSiluTokens = 1024;
+
+int silu_tokens(const mmm_linear_shape& shape) { return std::min(shape.tokens, kSiluTokens); }
+
+// Bytes of (rows, columns) 16-bit elements, rounded up so that what follows is aligned too.
+uint64_t matrix_bytes(int rows, int columns) {
+  return (uint64_t{2} * static_cast<uint64_t>(rows) * static_cast<uint64_t>(columns) + 255) / 256 * 256;
+}
+
+// The parts of a workspace for a foreign product, one behind the other.
+struct ForeignWorkspace {
+  uint64_t normalised, products, widened;  // bytes: x; gate and up of some tokens; the weight
+
+  explicit ForeignWorkspace(const mmm_linear_shape& s)
+      : normalised(s.normalise ? matrix_bytes(s.tokens, s.inputs) : 0),
+        products(s.epilogue == MMM_EPILOGUE_SILU ? matrix_bytes(silu_tokens(s), s.outputs) : 0),
+        widened(s.weight_format != MMM_WEIGHT_PLAIN ? matrix_bytes(s.outputs, s.inputs) : 0) {}
+
+  uint64_t bytes() const { return normalised + products + widened; }
+};
+
+template <typename Element>
+void enqueue_widened(const mmm_linear_args& args, void* widened) {
+  const mmm_linear_shape& s = args.shape;
+  const int64_t eighths = int64_t{s.outputs} * s.inputs / 8;
+  const auto kernel = s.weight_format == MMM_WEIGHT_INT8 ? linear_widen_kernel<Element, MMM_WEIGHT_INT8>
+                                                         : linear_widen_kernel<Element, MMM_WEIGHT_INT4>;
+  kernel<<<static_cast<unsigned>((eighths + 255) / 256), 256, 0, static_cast<cudaStream_t>(args.stream)>>>(
+      static_cast<const char*>(args.weight), args.scales, static_cast<uint4*>(widened), eighths, s.inputs,
+      s.scale_dtype == MMM_BFLOAT16);
+}
+
+template <typename Element>
+cudaError_t enqueue_silu(const mmm_linear_args& args, const void* x, const void* weight, void* products, const ForeignProduct& product) {
+  const int columns = args.shape.outputs / 2, out_bytes = element_bytes(args.shape.out_dtype);
+  const auto stream = static_cast<cudaStream_t>(args.stream);
+  mmm_linear_shape part = args.shape;
+  for (int first = 0; first < args.shape.tokens; first += part.tokens) {
+    part.tokens = std::min(silu_tokens(args.shape), args.shape.tokens - first);
+    const Element* const from = static_cast<const Element*>(x) + int64_t{first} * args.shape.inputs;
+    if (!product.enqueue(part, from, weight, products, part.io_dtype, false)) return cudaErrorUnknown;
+    const int64_t eighths = int64_t{part.tokens} * columns / 8;
+    linear_silu_kernel<Element><<<static_cast<unsigned>((eighths + 255) / 256), 256, 0, stream>>>(
+        static_cast<const Element*>(products), static_cast<char*>(args.out) + int64_t{first} * columns * out_bytes, eighths, columns,
+        args.shape.out_dtype == MMM_FLOAT32);
+  }
+  return cudaGetLastError();
 }
 
 template <typename Element>
@@ -197,33 +242,32 @@ cudaError_t enqueue(const mmm_linear_args& args, const ForeignProduct& product) 
   const mmm_linear_shape& s = args.shape;
   const auto stream = static_cast<cudaStream_t>(args.stream);
   const bool is_silu = s.epilogue == MMM_EPILOGUE_SILU, adds = s.epilogue == MMM_EPILOGUE_RESIDUAL;
-  const void* x = args.x;
+  const ForeignWorkspace workspace(s);
+  char* const normalised = static_cast<char*>(args.workspace);
+  char* const products = normalised + workspace.normalised;
+  const void *x = args.x, *weight = args.weight;
+  if (s.weight_format != MMM_WEIGHT_PLAIN) {
+    weight = products + workspace.products;
+    enqueue_widened<Element>(args, products + workspace.products);
+  }
   if (s.normalise) {
     linear_norm_kernel<Element><<<s.tokens, 256, 0, stream>>>(
         static_cast<const Element*>(args.x), args.x_stride, static_cast<const Element*>(args.norm_weight),
-        static_cast<Element*>(args.workspace), s.inputs, s.eps);
-    x = args.workspace;
+        reinterpret_cast<Element*>(normalised), s.inputs, s.eps);
+    x = normalised;
   }
   if (adds && args.out != args.residual) {
     const size_t bytes = static_cast<size_t>(s.tokens) * static_cast<size_t>(s.outputs) * sizeof(Element);
     if (const cudaError_t error = cudaMemcpyAsync(args.out, args.residual, bytes, cudaMemcpyDeviceToDevice, stream)) return error;
   }
-  void* const to = is_silu ? static_cast<char*>(args.workspace) + normalised_bytes(s) : args.out;
-  if (!product.enqueue(s, x, args.weight, to, is_silu ? s.io_dtype : s.out_dtype, adds)) return cudaErrorUnknown;
-  if (is_silu) {
-    const int64_t eighths = int64_t{s.tokens} * (s.outputs / 2) / 8;
-    linear_silu_kernel<Element><<<static_cast<unsigned>((eighths + 255) / 256), 256, 0, stream>>>(
-        static_cast<const Element*>(to), args.out, eighths, s.outputs / 2, s.out_dtype == MMM_FLOAT32);
-  }
+  if (is_silu) return enqueue_silu<Element>(args, x, weight, products, product);
+  if (!product.enqueue(s, x, weight, args.out, s.out_dtype, adds)) return cudaErrorUnknown;
   return cudaGetLastError();
 }
 
 }  // namespace
 
-uint64_t linear_workspace_cuda(const mmm_linear_shape& shape, const ForeignProduct&) {
-  const uint64_t products = uint64_t{2} * static_cast<uint64_t>(shape.tokens) * static_cast<uint64_t>(shape.outputs);
-  return normalised_bytes(shape) + (shape.epilogue == MMM_EPILOGUE_SILU ? products : 0);
-}
+uint64_t linear_workspace_cuda(const mmm_linear_shape& shape, const ForeignProduct&) { return ForeignWorkspace(shape).bytes(); }
 
 int32_t linear_cuda(const mmm_linear_args& args, const ForeignProduct& product, mmm_status& status) {
   Device device = {};

@@ -45,6 +45,15 @@ LinearOperator::LinearOperator(const OrtApi& api, mmm_dtype io_dtype, mmm_device
   GetOutputType = [](const OrtCustomOp*, size_t) { return ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED; };
   GetOutputCharacteristic = [](const OrtCustomOp*, size_t) { return INPUT_OUTPUT_REQUIRED; };
 
+  // The sums may be added where the residual lies. It comes last, as input 2 to 4; what else those can be is a constant, which ONNX
+  // Runtime never writes.
+  GetMayInplace = [](int** inputs, int** outputs) -> size_t {
+    static int from[] = {2, 3, 4}, to[] = {0, 0, 0};
+    *inputs = from, *outputs = to;
+    return 3;
+  };
+  ReleaseMayInplace = [](int*, int*) {};
+
   InferOutputShapeFn = [](const OrtCustomOp* op, OrtShapeInferContext* context) -> OrtStatusPtr {
     return guarded(of(op).api_, [&] { of(op).infer_shapes(context); });
   };

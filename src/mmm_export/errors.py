@@ -69,6 +69,10 @@ class ImageError(MmmError):
     """A file is no usable image."""
 
 
+class BatchFullError(MmmError):
+    """Every row of a batch is in use."""
+
+
 class PromptError(MmmError):
     """A prompt cannot be run: empty, too long, or its image marks do not match the images."""
 
