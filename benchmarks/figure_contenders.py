@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +13,10 @@ import gpu_timing
 import torch
 from figure_part import (
     CHECK_STEPS,
-    CHECK_TOKENS,
     Part,
     PeakAllocated,
     Row,
+    Sizes,
     eager_ms,
     free_memory,
     graph_ms,
@@ -25,10 +24,7 @@ from figure_part import (
 from figure_teacher import Attention, Teacher, static_caches
 from torch_models import model_from_bundle, random_model
 
-from mmm_export.bench.measurement import BenchOptions, measure
-from mmm_export.bench.roofline import step_bytes
 from mmm_export.model.decoder import MmMamba
-from mmm_export.runtime import Session
 from mmm_export.spec import ModelSpec
 
 PLAIN_CHUNK_TOKENS = 2048
@@ -36,54 +32,9 @@ TUNED_AT = (1024, 32_768)  # lengths at which mamba-ssm's kernels are tuned anew
 LONG_TOKENS = 10_000  # prompts beyond take seconds in PyTorch: read once, and warmed up by shorter ones
 
 
-@dataclass(frozen=True)
-class Sizes:
-    """What is measured: prompts of `lengths` tokens, decode steps after them for `batches` rows; `calls` bounds repetitions."""
-
-    lengths: tuple[int, ...] = (1024, 8192, 32_768, 103_000)
-    batches: tuple[int, ...] = (1, 8)
-    new_tokens: int = 128
-    calls: int = 8
-
-    @property
-    def check_tokens(self) -> int:
-        return min(CHECK_TOKENS, self.lengths[0])
-
-
 def measure_ceilings(part: Part) -> None:
     part.attempt({"name": "ceiling_copy"}, lambda: {"bytes_per_s": gpu_timing.copy_bytes_per_s()})
     part.attempt({"name": "ceiling_gemm"}, lambda: {"flop_per_s": gpu_timing.gemm_flop_per_s()})
-
-
-def measure_ours(part: Part, sizes: Sizes, bundle: Path, contender: str, *, kernels: str, chunk_tokens: int) -> None:
-    """Measure a bundle by what `mmm-export bench` runs."""
-    providers = ["cuda"] if part.device == "cuda" else None
-    with Session.open(
-        bundle, providers=providers, kernels=kernels, chunk_tokens=chunk_tokens, check_content=False
-    ) as session:
-        vocab = session.manifest.model.vocab_size
-        ids = part.prompt(sizes.check_tokens + CHECK_STEPS, vocab)
-        logits = [session.prefill(ids[: sizes.check_tokens])]
-        logits += [session.step(int(token)) for token in ids[sizes.check_tokens :]]
-        part.keep_logits(contender, logits)
-        weights = step_bytes(session.manifest, 0) - 2 * session.state_bytes
-        part.note(name="linear_bytes", contender=contender, weights=weights, state=session.state_bytes)
-        for length in sizes.lengths:
-            options = BenchOptions((length,), new_tokens=sizes.new_tokens, repeats=min(3, sizes.calls), budget_s=3.0)
-            rows = measure(session, options, memory=part.memory)
-            for row in rows:
-                part.note(
-                    name=row.test,
-                    contender=contender,
-                    batch=1,
-                    tokens=length,
-                    ms=row.median_ms,
-                    low_ms=row.low_ms,
-                    high_ms=row.high_ms,
-                    runs=row.runs,
-                    device_bytes=row.peak_bytes,
-                    chunk_tokens=chunk_tokens,
-                )
 
 
 def measure_linear(part: Part, sizes: Sizes, bundle: Path, kit: Path | None) -> None:

@@ -24,6 +24,20 @@ Row = dict[str, Any]
 CHECK_TOKENS, CHECK_STEPS = 1024, 8
 
 
+@dataclass(frozen=True)
+class Sizes:
+    """What is measured: prompts of `lengths` tokens, decode steps after them for `batches` rows; `calls` bounds repetitions."""
+
+    lengths: tuple[int, ...] = (1024, 8192, 32_768, 103_000)
+    batches: tuple[int, ...] = (1, 8)
+    new_tokens: int = 128
+    calls: int = 8
+
+    @property
+    def check_tokens(self) -> int:
+        return min(CHECK_TOKENS, self.lengths[0])
+
+
 @dataclass
 class Part:
     """One part of a figure, in a process of its own.

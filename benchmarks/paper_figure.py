@@ -51,7 +51,13 @@ def run_part(options: argparse.Namespace) -> None:
     if kind == "ceilings":
         contenders.measure_ceilings(part)
     elif kind == "ours":
-        contenders.measure_ours(part, sizes, bundle, label, kernels=options.kernels, chunk_tokens=options.chunk_tokens)
+        import figure_ours
+
+        if label != "ours":  # other weights of the same model: the first says the rest
+            sizes = dataclasses.replace(sizes, lengths=(sizes.lengths[0], sizes.lengths[-1]), batches=(1,))
+        ways = {"kernels": options.kernels, "chunk_tokens": options.chunk_tokens}
+        figure_ours.measure_ours(part, sizes, bundle, label, **ways)
+        figure_ours.measure_rows(part, sizes, bundle, label, **ways)
     elif kind == "linear":
         contenders.measure_linear(part, sizes, bundle, options.peers)
     else:
@@ -95,7 +101,7 @@ def _run(command: Sequence[str], limit: float) -> str | None:
 
 
 def _sizes(options: argparse.Namespace) -> Any:
-    from figure_contenders import Sizes
+    from figure_part import Sizes
 
     sizes = Sizes((128, 300), (1, 2), new_tokens=4, calls=2) if options.tiny else Sizes()
     given = {"lengths": options.lengths, "batches": options.batches}
@@ -143,7 +149,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--tiny", action="store_true", help="tiny models; a bundle is made for them")
     parser.add_argument("--seconds", type=float, default=280.0, help="for everything (default: 280)")
-    parser.add_argument("--chunk-tokens", type=int, default=2048, help="prompt tokens that our runtime reads at once")
+    parser.add_argument("--chunk-tokens", type=int, default=4096, help="prompt tokens that our runtime reads at once")
     parser.add_argument("--lengths", type=int, nargs="+", help="prompt lengths, ascending")
     parser.add_argument("--batches", type=int, nargs="+", help="rows of decode steps, from 1")
     parser.add_argument("--parts", nargs="+", help="some of: ceilings, ours:LABEL, teacher, linear")

@@ -39,6 +39,7 @@ def test_every_contender_is_measured_and_none_is_missing(data: dict[str, Any]) -
     measured = {row["contender"] for row in data["rows"] if row["name"] == "decode" and "missing" not in row}
     static = {"teacher-static-cudnn", "teacher-static-flash", "teacher-static-products"}
     assert measured == {"ours", "plain", "triton", "teacher-hf-eager", "teacher-hf-flash"} | static
+    assert {row["batch"] for row in data["rows"] if row["name"] == "decode" and row["contender"] == "ours"} == {1, 2}
     assert not [row for row in data["rows"] if "missing" in row and row["name"] != "target"]
 
 
