@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,27 +35,27 @@ def measure_ceilings(part: Part) -> None:
     part.attempt({"name": "ceiling_gemm"}, lambda: {"flop_per_s": gpu_timing.gemm_flop_per_s()})
 
 
+@torch.no_grad()
 def measure_linear(part: Part, sizes: Sizes, bundle: Path, kit: Path | None) -> None:
     """Measure the linear model in PyTorch: plain modules, and operators of the kit in a CUDA graph."""
-    with _on(part.device):
-        model = model_from_bundle(bundle, part.device)
-        part.tell("the weights are on the device")
-        operators: Any = None
-        if kit is not None and part.device == "cuda":
-            operators = figure_linear.TritonOperators(model.spec, kit)
-        elif part.device == "cpu":
-            operators = figure_linear.PlainOperators(model.spec)
-        fast = None if operators is None else figure_linear.FastLinear(model, operators)
-        free_memory()
-        _keep_plain_logits(part, sizes, model)
-        # The longest prompt of the plain modules comes last: it takes longest, and says least.
-        _measure_plain(part, sizes, model, sizes.lengths[0])
-        if fast is None:
-            part.note(name="decode", contender="triton", batch=1, tokens=sizes.lengths[0], missing="no kit was given")
-        else:
-            _measure_fast(part, sizes, fast)
-        if len(sizes.lengths) > 1:
-            _measure_plain(part, sizes, model, sizes.lengths[-1])
+    model = model_from_bundle(bundle, part.device)
+    part.tell("the weights are on the device")
+    operators: Any = None
+    if kit is not None and part.device == "cuda":
+        operators = figure_linear.TritonOperators(model.spec, kit)
+    elif part.device == "cpu":
+        operators = figure_linear.PlainOperators(model.spec)
+    fast = None if operators is None else figure_linear.FastLinear(model, operators)
+    free_memory()
+    _keep_plain_logits(part, sizes, model)
+    # The longest prompt of the plain modules comes last: it takes longest, and says least.
+    _measure_plain(part, sizes, model, sizes.lengths[0])
+    if fast is None:
+        part.note(name="decode", contender="triton", batch=1, tokens=sizes.lengths[0], missing="no kit was given")
+    else:
+        _measure_fast(part, sizes, fast)
+    if len(sizes.lengths) > 1:
+        _measure_plain(part, sizes, model, sizes.lengths[-1])
 
 
 def _keep_plain_logits(part: Part, sizes: Sizes, model: MmMamba) -> None:
@@ -68,8 +66,8 @@ def _keep_plain_logits(part: Part, sizes: Sizes, model: MmMamba) -> None:
         first, states = figure_linear.plain_prefill(model, ids[: sizes.check_tokens], PLAIN_CHUNK_TOKENS)
         logits = [first]
         for token in ids[sizes.check_tokens :]:
-            stepped, states = model.step(token[None], states)
-            logits.append(stepped[0, 0])
+            stepped, states = figure_linear.plain_step(model, token[None], states)
+            logits.append(stepped[0])
         part.keep_logits(contender, logits)
 
 
@@ -117,30 +115,30 @@ def _measure_plain(part: Part, sizes: Sizes, model: MmMamba, length: int) -> Non
             del states, work, row
 
 
+@torch.no_grad()
 def measure_teacher(part: Part, sizes: Sizes, spec: ModelSpec, dtype: torch.dtype) -> None:
     """Measure the attention teacher with growing and with static caches."""
-    with _on(part.device):
-        model = random_model(spec, dtype, part.device)
-        longest = max(sizes.lengths) + 64
-        check = part.tensor(part.prompt(min(256, sizes.lengths[0]), spec.vocab_size))
-        part.keep_logits("teacher-plain", [_plain_teacher(model, check)])
-        teacher = Teacher(model, longest)
-        del model
+    model = random_model(spec, dtype, part.device)
+    longest = max(sizes.lengths) + 64
+    check = part.tensor(part.prompt(min(256, sizes.lengths[0]), spec.vocab_size))
+    part.keep_logits("teacher-plain", [_plain_teacher(model, check)])
+    teacher = Teacher(model, longest)
+    del model
+    free_memory()
+    hows: tuple[Attention, ...] = ("flash", "cudnn", "eager")
+    for how in hows:
+        check_row = functools.partial(_check_teacher, part, teacher, check, how)
+        part.attempt({"name": "check", "contender": f"teacher-{how}"}, check_row)
+    part.note(name="teacher_bytes", weights=teacher.weight_bytes, cache_per_token=teacher.cache_bytes(1, 1))
+    for length in sizes.lengths:
+        ids = part.tensor(part.prompt(length, spec.vocab_size))
+        caches = _teacher_prefills(part, teacher, ids, sizes)
+        if caches is None:
+            continue
+        _growing(part, teacher, caches, length, sizes)
+        del caches[:]
         free_memory()
-        hows: tuple[Attention, ...] = ("flash", "cudnn", "eager")
-        for how in hows:
-            check_row = functools.partial(_check_teacher, part, teacher, check, how)
-            part.attempt({"name": "check", "contender": f"teacher-{how}"}, check_row)
-        part.note(name="teacher_bytes", weights=teacher.weight_bytes, cache_per_token=teacher.cache_bytes(1, 1))
-        for length in sizes.lengths:
-            ids = part.tensor(part.prompt(length, spec.vocab_size))
-            caches = _teacher_prefills(part, teacher, ids, sizes)
-            if caches is None:
-                continue
-            _growing(part, teacher, caches, length, sizes)
-            del caches[:]
-            free_memory()
-            _static(part, teacher, ids, sizes)
+        _static(part, teacher, ids, sizes)
 
 
 def _teacher_prefills(part: Part, teacher: Teacher, ids: torch.Tensor, sizes: Sizes) -> Any:
@@ -202,10 +200,10 @@ def _static(part: Part, teacher: Teacher, ids: torch.Tensor, sizes: Sizes) -> No
 def _plain_teacher(model: MmMamba, ids: torch.Tensor) -> torch.Tensor:
     """Logits of the plain modules in float32, which the teacher's other forms are compared with."""
     dtype, model.dtype = model.dtype, torch.float32
-    states = model.initial_states(max_tokens=len(ids))
-    nothing = torch.zeros(0, model.spec.hidden_size)
-    embeds = model.embed(ids[None], nothing)
-    logits, _ = model.prefill(embeds, torch.tensor([len(ids)]), states, torch.tensor([0]))
+    with ids.device:
+        states = model.initial_states(max_tokens=len(ids))
+        embeds = model.embed(ids[None], torch.zeros(0, model.spec.hidden_size))
+        logits, _ = model.prefill(embeds, torch.tensor([len(ids)]), states, torch.tensor([0]))
     model.dtype = dtype
     return logits[0, 0]
 
@@ -237,9 +235,3 @@ def _looped(part: Part, work: Any, calls: int, warm: int = 3) -> Row:
 def _check_teacher(part: Part, teacher: Teacher, ids: torch.Tensor, how: Attention) -> Row:
     part.keep_logits(f"teacher-{how}", [teacher.prefill(ids, how)[0]])
     return {}
-
-
-@contextlib.contextmanager
-def _on(device: str) -> Iterator[None]:
-    with torch.no_grad(), torch.device(device):
-        yield

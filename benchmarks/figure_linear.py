@@ -83,7 +83,9 @@ class TritonOperators:
         self.tk, self.update, self.scan = tk, selective_state_update, mamba_chunk_scan_combined
         self.spec = spec
         self.group = spec.heads // spec.kv_heads
-        self.skip = torch.zeros(spec.heads, 1)  # mamba-ssm's D, which this model has not and its function wants
+        self.skip = torch.zeros(
+            spec.heads, 1, device="cuda"
+        )  # mamba-ssm's D, which this model has not and its function wants
 
     def prefill(self, rows: Tensor, weights: MixerWeights) -> tuple[Tensor, Tensor, Tensor]:
         s, w = self.spec, weights.scan
@@ -205,15 +207,25 @@ def batched(states: list[tuple[Tensor, Tensor]], batch: int) -> list[tuple[Tenso
     return [tuple(s.expand(batch, *s.shape).contiguous() for s in layer) for layer in states]  # type: ignore[misc]
 
 
+# No default device in what follows: PyTorch then looks at every call in Python, which would triple the time of a step.
+
+
 def plain_prefill(model: MmMamba, ids: Tensor, chunk_tokens: int) -> tuple[Tensor, States]:
     """Read ids (T,) in chunks with the plain modules -> logits (vocab,), states."""
-    states = model.initial_states()
-    nothing = torch.zeros(0, model.spec.hidden_size, dtype=model.dtype)
+    with ids.device:
+        states = model.initial_states()
     for begin in range(0, len(ids), chunk_tokens):
         chunk = ids[None, begin : begin + chunk_tokens]
-        lengths = torch.tensor([chunk.shape[1]])
-        logits, states = model.prefill(model.embed(chunk, nothing), lengths, states)
+        lengths = torch.full((1,), chunk.shape[1], device=ids.device)
+        logits, states = model.prefill(model.embed(chunk, _no_features(model, ids)), lengths, states)
     return logits[0, 0], states
+
+
+def plain_step(model: MmMamba, ids: Tensor, states: States) -> tuple[Tensor, States]:
+    """As `MmMamba.step` without attention layers: ids (B,) -> logits (B, vocab), states."""
+    embeds = model.embed(ids[:, None], _no_features(model, ids))
+    logits, states = model.prefill(embeds, torch.ones_like(ids), states)
+    return logits[:, 0], states
 
 
 def plain_generation(model: MmMamba, states: States, first: Tensor) -> Callable[[int], Tensor]:
@@ -221,12 +233,16 @@ def plain_generation(model: MmMamba, states: States, first: Tensor) -> Callable[
     held: list[Any] = [first.clone(), states]
 
     def work(_: int) -> Tensor:
-        logits, held[1] = model.step(held[0], held[1])
-        held[0] = logits[:, 0].argmax(-1)
+        logits, held[1] = plain_step(model, held[0], held[1])
+        held[0] = logits.argmax(-1)
         token: Tensor = held[0]
         return token
 
     return work
+
+
+def _no_features(model: MmMamba, ids: Tensor) -> Tensor:
+    return torch.zeros(0, model.spec.hidden_size, dtype=model.dtype, device=ids.device)
 
 
 def plain_batched(states: States, batch: int) -> States:

@@ -18,7 +18,17 @@ import mmm_export
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).resolve().parent / "results"
-PACKAGES = ("torch", "triton", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "numpy", "safetensors")
+PACKAGES = (
+    "torch",
+    "triton",
+    "onnx",
+    "onnx-ir",
+    "onnxscript",
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "numpy",
+    "safetensors",
+)
 
 
 def write_results(
@@ -82,6 +92,8 @@ def _versions() -> dict[str, str]:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
+    if "onnxruntime-gpu" in found:  # both are the module onnxruntime; where both are installed this one was imported
+        found.pop("onnxruntime", None)
     return found
 
 
