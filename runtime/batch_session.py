@@ -154,8 +154,8 @@ class BatchSession:
 
     @property
     def state_bytes(self) -> int:
-        """Bytes of the states of all rows; the session holds two such sets of buffers, and one row of zeros."""
-        return self.rows * sum(tensor.bytes for tensor in state_layout(self._manifest))
+        """Bytes of the state of one row, as of `Session`; there are two such sets of buffers for each row."""
+        return sum(tensor.bytes for tensor in state_layout(self._manifest))
 
     def tokens(self, row: int) -> int:
         """Return the tokens in a row's context; 0 for a free row."""
