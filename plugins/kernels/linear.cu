@@ -81,6 +81,7 @@ struct Product {
   const mmm_linear_args& call;
   const Device& device;
   Spread spread;
+  int out_stride;           // of out and residual, in elements
   int first_token, tokens;  // of this launch
 
   template <typename Element, int FORMAT, int WARPS, int R>
@@ -94,8 +95,10 @@ struct Product {
     a.weight = static_cast<const char*>(call.weight), a.scales = call.scales;
     a.x = static_cast<const Element*>(call.x) + first_token * call.x_stride, a.x_stride = call.x_stride;
     a.norm_weight = s.normalise ? call.norm_weight : nullptr;
-    a.residual = s.epilogue == MMM_EPILOGUE_RESIDUAL ? static_cast<const Element*>(call.residual) + first_token * columns : nullptr;
-    a.out = static_cast<char*>(call.out) + first_token * columns * out_bytes;
+    a.residual = s.epilogue == MMM_EPILOGUE_RESIDUAL ? static_cast<const Element*>(call.residual) + int64_t{first_token} * out_stride
+                                                             : nullptr;
+    a.out = static_cast<char*>(call.out) + int64_t{first_token} * out_stride * out_bytes;
+    a.out_stride = out_stride;
     a.rows = s.outputs, a.chunks = s.inputs / chunk_inputs(s), a.tokens = tokens;
     const int rows_a_tile = silu ? kTileRows : R * kTileRows;
     a.tiles = static_cast<int>((columns + rows_a_tile - 1) / rows_a_tile);
@@ -141,7 +144,7 @@ struct Product {
     a.weight = static_cast<const char*>(call.weight), a.scales = call.scales;
     a.x = call.x, a.x_stride = call.x_stride;
     a.residual = s.epilogue == MMM_EPILOGUE_RESIDUAL ? call.residual : nullptr;
-    a.out = call.out, a.tokens = s.tokens, a.rows = s.outputs, a.inputs = s.inputs, a.epilogue = s.epilogue;
+    a.out = call.out, a.out_stride = out_stride, a.tokens = s.tokens, a.rows = s.outputs, a.inputs = s.inputs, a.epilogue = s.epilogue;
     a.scales_are_bfloat16 = s.scale_dtype == MMM_BFLOAT16, a.out_is_float32 = s.out_dtype == MMM_FLOAT32;
     if (s.normalise) {
       linear_norm_kernel<Element><<<s.tokens, 256, 0, stream>>>(
@@ -174,10 +177,11 @@ struct Product {
   }
 };
 
-cudaError_t enqueue(const mmm_linear_args& args, const Device& device) {
+// Enqueues a product with rows of one format, into `out_stride` elements a token.
+cudaError_t enqueue_rows(const mmm_linear_args& args, int out_stride, const Device& device) {
   const mmm_linear_shape& shape = args.shape;
   const int most = std::min(kMostTokens, shape.tokens);
-  Product product = {args, device, fitted(shape, spread_of(args, most, device), most, device), 0, 0};
+  Product product = {args, device, fitted(shape, spread_of(args, most, device), most, device), out_stride, 0, 0};
   if (is_tiled(shape, args.variant, device)) return product.enqueue();
   const int fit = tokens_that_fit(shape, product.spread, device);
   for (int first = 0; first < shape.tokens; first += fit) {
@@ -191,6 +195,22 @@ cudaError_t enqueue(const mmm_linear_args& args, const Device& device) {
 constexpr int kSiluTokens = 1024;
 
 int silu_tokens(const mmm_linear_shape& shape) { return std::min(shape.tokens, kSiluTokens); }
+
+cudaError_t enqueue(const mmm_linear_args& args, const Device& device) {
+  const mmm_linear_shape& shape = args.shape;
+  const int out_stride = static_cast<int>(linear_columns(shape)), quantized = shape.outputs - shape.kept;
+  if (shape.kept > 0) {  // these first: the others, which are many, start while these few are computed
+    mmm_linear_args kept = args;
+    kept.shape.weight_format = MMM_WEIGHT_PLAIN, kept.shape.outputs = shape.kept, kept.shape.kept = 0;
+    kept.weight = args.kept_weight, kept.scales = nullptr, kept.variant = 0;
+    kept.out = static_cast<char*>(args.out) + int64_t{quantized} * element_bytes(shape.out_dtype);
+    if (args.residual != nullptr) kept.residual = static_cast<const char*>(args.residual) + int64_t{quantized} * element_bytes(shape.io_dtype);
+    if (const cudaError_t error = enqueue_rows(kept, out_stride, device)) return error;
+  }
+  mmm_linear_args rest = args;
+  rest.shape.outputs = quantized, rest.shape.kept = 0;
+  return enqueue_rows(rest, out_stride, device);
+}
 
 // Bytes of (rows, columns) 16-bit elements, rounded up so that what follows is aligned too.
 uint64_t matrix_bytes(int rows, int columns) {
@@ -210,14 +230,18 @@ struct ForeignWorkspace {
 };
 
 template <typename Element>
-void enqueue_widened(const mmm_linear_args& args, void* widened) {
+cudaError_t enqueue_widened(const mmm_linear_args& args, void* widened) {
   const mmm_linear_shape& s = args.shape;
-  const int64_t eighths = int64_t{s.outputs} * s.inputs / 8;
+  const auto stream = static_cast<cudaStream_t>(args.stream);
+  const int64_t eighths = int64_t{s.outputs - s.kept} * s.inputs / 8;
   const auto kernel = s.weight_format == MMM_WEIGHT_INT8 ? linear_widen_kernel<Element, MMM_WEIGHT_INT8>
                                                          : linear_widen_kernel<Element, MMM_WEIGHT_INT4>;
-  kernel<<<static_cast<unsigned>((eighths + 255) / 256), 256, 0, static_cast<cudaStream_t>(args.stream)>>>(
+  kernel<<<static_cast<unsigned>((eighths + 255) / 256), 256, 0, stream>>>(
       static_cast<const char*>(args.weight), args.scales, static_cast<uint4*>(widened), eighths, s.inputs,
       s.scale_dtype == MMM_BFLOAT16);
+  if (s.kept == 0) return cudaGetLastError();
+  return cudaMemcpyAsync(static_cast<uint4*>(widened) + eighths, args.kept_weight,
+                         static_cast<size_t>(s.kept) * static_cast<size_t>(s.inputs) * sizeof(Element), cudaMemcpyDeviceToDevice, stream);
 }
 
 template <typename Element>
@@ -248,7 +272,7 @@ cudaError_t enqueue(const mmm_linear_args& args, const ForeignProduct& product) 
   const void *x = args.x, *weight = args.weight;
   if (s.weight_format != MMM_WEIGHT_PLAIN) {
     weight = products + workspace.products;
-    enqueue_widened<Element>(args, products + workspace.products);
+    if (const cudaError_t error = enqueue_widened<Element>(args, products + workspace.products)) return error;
   }
   if (s.normalise) {
     linear_norm_kernel<Element><<<s.tokens, 256, 0, stream>>>(

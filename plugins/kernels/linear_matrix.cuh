@@ -15,7 +15,7 @@ struct MatrixArgs {
   const void* scales;
   const void *x, *residual;
   void* out;
-  int64_t x_stride, tokens;
+  int64_t x_stride, tokens, out_stride;  // out_stride: of out and residual
   int rows, inputs, epilogue;
   bool scales_are_bfloat16, out_is_float32;
 };
@@ -139,7 +139,7 @@ __global__ void __launch_bounds__(kMatrixThreads) linear_matrix_kernel(const __g
         if (token >= a.tokens) continue;
         float value = scale * sum[i][j / 2][2 * h + j % 2];
         if (silu) value = __fdividef(value, 1.f + __expf(fminf(-value, 80.f))) * (up_scale * sum[1][j / 2][2 * h + j % 2]);
-        const int64_t index = token * columns + row;
+        const int64_t index = token * a.out_stride + row;
         if (a.residual != nullptr) value += to_float(static_cast<const Element*>(a.residual)[index]);
         if (a.out_is_float32)
           static_cast<float*>(a.out)[index] = value;

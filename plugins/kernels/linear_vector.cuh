@@ -26,6 +26,7 @@ struct VectorArgs {
   void* out;
   int64_t x_stride;
   int rows, chunks, tokens, tiles;  // N, K / inputs of a chunk, M
+  int out_stride;                   // elements of out and residual from token to token
   int epilogue, depth;
   float eps;
   bool scales_are_bfloat16, out_is_float32, overlap;
@@ -259,7 +260,7 @@ __global__ void __launch_bounds__(32 * WARPS, WARPS == 8 ? 3 : 1) linear_vector_
   const auto residual_of = [&](int tile, int turn) {
     int row, token;
     if (a.residual == nullptr || tile >= a.tiles || !place_of(tile, turn, row, token)) return 0.f;
-    return to_float(static_cast<const Element*>(a.residual)[static_cast<int64_t>(token) * columns + row]);
+    return to_float(static_cast<const Element*>(a.residual)[static_cast<int64_t>(token) * a.out_stride + row]);
   };
   float residual = residual_of(blockIdx.x, 0);
   if (M == 1) stage_rows<V, Element, 1>(a, staged, partial, first_norm);
@@ -361,7 +362,7 @@ __global__ void __launch_bounds__(32 * WARPS, WARPS == 8 ? 3 : 1) linear_vector_
       float value = total(silu ? 0 : in_tile / kTileRows);
       if (silu && R == 2) value = __fdividef(value, 1.f + __expf(fminf(-value, 80.f))) * total(R - 1);
       value += residual;
-      const int64_t index = static_cast<int64_t>(token) * columns + row;
+      const int64_t index = static_cast<int64_t>(token) * a.out_stride + row;
       if (a.out_is_float32)
         static_cast<float*>(a.out)[index] = value;
       else
