@@ -1,54 +1,41 @@
-"""The runtime of this project as a contender of the figure: what `mmm-export bench` times, and several rows at once."""
+"""The runtime of this project as a contender of the figure: what `mmm-export bench` times, one sequence and several rows at once."""
 
 from __future__ import annotations
 
-import functools
-import time
+from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
-from figure_part import CHECK_STEPS, Part, Row, Sizes, summary
-from numpy.typing import NDArray
+import onnxruntime
+from figure_part import CHECK_STEPS, Part, Row, Sizes
 
-from mmm_export.bench.measurement import WARM_UP_STEPS, BenchOptions, measure
-from mmm_export.bench.meters import PeakWatch
+from mmm_export.bench.measurement import BenchOptions, Measurement, measure
 from mmm_export.bench.roofline import step_bytes
 from mmm_export.runtime import BatchSession, Session
 
+TOKENS_PER_S = 1e5  # of a prompt, roughly: tells what a deadline leaves time for
+
 
 def measure_ours(part: Part, sizes: Sizes, bundle: Path, contender: str, *, kernels: str, chunk_tokens: int) -> None:
-    """Measure a bundle by what `mmm-export bench` runs."""
+    """Measure prefill and decode of one sequence, and keep logits for the comparison."""
     providers = ["cuda"] if part.device == "cuda" else None
     with Session.open(
         bundle, providers=providers, kernels=kernels, chunk_tokens=chunk_tokens, check_content=False
     ) as session:
-        vocab = session.manifest.model.vocab_size
-        ids = part.prompt(sizes.check_tokens + CHECK_STEPS, vocab)
+        manifest = session.manifest
+        ids = part.prompt(sizes.check_tokens + CHECK_STEPS, manifest.model.vocab_size)
         logits = [session.prefill(ids[: sizes.check_tokens])]
         logits += [session.step(int(token)) for token in ids[sizes.check_tokens :]]
         part.keep_logits(contender, logits)
-        weights = step_bytes(session.manifest, 0) - 2 * session.state_bytes
+        weights = step_bytes(manifest, 0) - 2 * session.state_bytes
         part.note(name="linear_bytes", contender=contender, weights=weights, state=session.state_bytes)
+        part.note(name="runtime", contender=contender, onnxruntime=onnxruntime.__version__, chunk_tokens=chunk_tokens)
         for length in sizes.lengths:
-            options = BenchOptions((length,), new_tokens=sizes.new_tokens, repeats=min(3, sizes.calls), budget_s=3.0)
-            rows = measure(session, options, memory=part.memory)
-            for row in rows:
-                part.note(
-                    name=row.test,
-                    contender=contender,
-                    batch=1,
-                    tokens=length,
-                    ms=row.median_ms,
-                    low_ms=row.low_ms,
-                    high_ms=row.high_ms,
-                    runs=row.runs,
-                    device_bytes=row.peak_bytes,
-                    chunk_tokens=chunk_tokens,
-                )
+            work = _measurement(session, length, sizes, part)
+            _note(part, contender, work, length)
 
 
 def measure_rows(part: Part, sizes: Sizes, bundle: Path, contender: str, *, kernels: str, chunk_tokens: int) -> None:
-    """Measure decode steps of several rows at once: each step chooses and feeds a token for every row."""
+    """Measure decode steps of several rows at once."""
     providers = ["cuda"] if part.device == "cuda" else None
     for rows in sizes.batches:
         if rows == 1:
@@ -57,29 +44,34 @@ def measure_rows(part: Part, sizes: Sizes, bundle: Path, contender: str, *, kern
             bundle, rows=rows, providers=providers, kernels=kernels, chunk_tokens=chunk_tokens, check_content=False
         ) as batch:
             for length in sizes.lengths:
-                about = {"name": "decode", "contender": contender, "batch": rows, "tokens": length}
-                work = functools.partial(_steps_of_rows, part, batch, length, sizes.new_tokens)
-                # A prompt a row, at a hundred thousand tokens a second.
-                part.attempt(about, work, rows * length / 1e5)
+                work = _measurement(batch, length, sizes, part)
+                _note(part, contender, work, length, rows)
 
 
-def _steps_of_rows(part: Part, batch: BatchSession, length: int, steps: int) -> Row:
-    ids = part.prompt(length, batch.manifest.model.vocab_size)
-    logits = dict(batch.prefill(ids) for _ in range(batch.rows))
-    banned = batch.manifest.model.image_token_id
-    times = []
-    try:
-        with PeakWatch(part.memory) as peak:
-            for _ in range(steps + WARM_UP_STEPS):
-                begin = time.perf_counter()
-                logits = batch.advance({row: _choice(scores, banned) for row, scores in logits.items()})
-                times.append((time.perf_counter() - begin) * 1e3)
-    finally:
-        for row in logits:
-            batch.free(row)
-    return {**summary(times[WARM_UP_STEPS:]), "device_bytes": peak.peak}
+def _measurement(
+    session: Session | BatchSession, length: int, sizes: Sizes, part: Part
+) -> Callable[[], list[Measurement]]:
+    options = BenchOptions((length,), new_tokens=sizes.new_tokens, repeats=min(3, sizes.calls), budget_s=3.0)
+    return lambda: measure(session, options, memory=part.memory)
 
 
-def _choice(scores: NDArray[np.float32], banned: int) -> int:
-    token = int(np.argmax(scores))
-    return token if token != banned else int(np.argsort(scores)[-2])
+def _note(part: Part, contender: str, work: Callable[[], list[Measurement]], length: int, rows: int = 1) -> None:
+    """Note what was measured; of several rows the decode step alone, since prompts are read one by one."""
+    measured: list[Measurement] = []
+
+    def prefill() -> Row:
+        measured.extend(work())
+        return _figures(measured[0])
+
+    about = {"contender": contender, "batch": rows, "tokens": length}
+    seconds = rows * length / TOKENS_PER_S
+    if rows == 1:
+        if part.attempt({"name": "prefill", **about}, prefill, seconds):
+            part.note(name="decode", **about, **_figures(measured[1]))
+    else:
+        part.attempt({"name": "decode", **about}, lambda: _figures(work()[1]), seconds)
+
+
+def _figures(row: Measurement) -> Row:
+    figures = {"ms": row.median_ms, "low_ms": row.low_ms, "high_ms": row.high_ms, "runs": row.runs}
+    return {**figures, "device_bytes": row.peak_bytes}
