@@ -27,7 +27,7 @@ from mmm_export.spec import ModelSpec
 
 PLAIN_CHUNK_TOKENS = 2048
 TUNED_AT = (1024, 32_768)  # lengths at which mamba-ssm's kernels are tuned anew
-LONG_TOKENS = 10_000  # prompts beyond take seconds in PyTorch: read once, and warmed up by shorter ones
+LONG_TOKENS = 10_000  # prompts beyond take up to seconds in PyTorch
 
 
 def measure_ceilings(part: Part) -> None:
@@ -87,7 +87,7 @@ def _measure_fast(part: Part, sizes: Sizes, model: figure_linear.FastLinear) -> 
         def prefill(_: int, ids: torch.Tensor = ids, found: dict[str, Any] = found) -> None:
             found["states"] = model.prefill(ids)[1]
 
-        row = functools.partial(_looped, part, prefill, min(3, sizes.calls), warm=1)
+        row = functools.partial(_prefilled, part, prefill, length, min(3, sizes.calls))
         if part.attempt({"name": "prefill", "batch": 1, **about}, row, length / 3e4):
             for batch in sizes.batches:
                 states = figure_linear.batched(found["states"], batch)
@@ -151,8 +151,7 @@ def _teacher_prefills(part: Part, teacher: Teacher, ids: torch.Tensor, sizes: Si
             found.clear()
             found["caches"] = teacher.prefill(ids, how)[1]
 
-        is_long = len(ids) > LONG_TOKENS
-        row = functools.partial(_looped, part, prefill, 1 if is_long else min(3, sizes.calls), warm=int(not is_long))
+        row = functools.partial(_prefilled, part, prefill, len(ids), 1)
         about = {"name": "prefill", "contender": f"teacher-{how}", "batch": 1, "tokens": len(ids)}
         part.attempt(about, row, len(ids) / rate)
     return found.get("caches")
@@ -229,6 +228,17 @@ def _graphed(part: Part, work: Any) -> Row:
 def _looped(part: Part, work: Any, calls: int, warm: int = 3) -> Row:
     peak = PeakAllocated(part)
     row = eager_ms(work, calls=calls, warm=warm)
+    return {**row, **peak.row()}
+
+
+def _prefilled(part: Part, work: Any, length: int, calls: int) -> Row:
+    """Time a prefill: a short one, whose launches would take longer than its work, in a CUDA graph; a long one as it is."""
+    peak = PeakAllocated(part)
+    if length > LONG_TOKENS:
+        row = eager_ms(work, calls=calls, warm=1)  # cuDNN plans a shape at its first call
+    else:
+        row = graph_ms(work, replays=10)
+        work(0)  # what a graph left behind is gone with it
     return {**row, **peak.row()}
 
 

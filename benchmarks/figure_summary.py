@@ -1,9 +1,10 @@
 """What follows from the rows of the figure: ratios split into algorithm and overhead, shares of the roofline, and the targets.
 
 A ratio between the teacher and the linear model has two factors. The algorithm's is what remains between implementations of like
-quality: the teacher with a static cache in a CUDA graph, by the fastest of its attention kernels, over ours. The overhead is the
-contender over that teacher: what growing the cache, repeating it for each head and launching kernels one by one cost. Contenders that
-run the linear model themselves differ by overhead alone.
+quality: the teacher with a static cache in a CUDA graph, by the fastest of its attention kernels, over ours. Of a decode step it says
+besides how much of that are the bytes that each must move. The overhead is the contender over that teacher: what growing the cache,
+repeating it for each head and launching kernels one by one cost. Contenders that run the linear model themselves differ by overhead
+alone.
 """
 
 from __future__ import annotations
@@ -128,6 +129,18 @@ class Index:
         ours = [row for row in self._found.values() if row.get("contender") == OURS and "ms" in row]
         return [(row["name"], row["batch"], row["tokens"]) for row in ours]
 
+    def moved_bytes(self, batch: int, tokens: int) -> tuple[int, int] | None:
+        """Bytes that a decode step of ours and of the teacher must move at least; None where a size is not known."""
+        teacher, ours = self.first("teacher_bytes"), self.linear_bytes(OURS)
+        if not teacher or not ours:
+            return None
+        return _linear_bytes(ours, batch), _teacher_bytes(teacher, batch, tokens)
+
+    def linear_bytes(self, contender: str) -> Row:
+        """Sizes of a linear contender's weights and state; of ours where it has none of its own."""
+        found = {row["contender"]: row for row in self.rows if row["name"] == "linear_bytes"}
+        return found.get(contender) or found.get(OURS) or {}
+
     def first(self, name: str) -> Row:
         return next((row for row in self.rows if row["name"] == name and "missing" not in row), {})
 
@@ -152,6 +165,8 @@ def ratio_rows(index: Index) -> Iterator[Row]:
                 row |= {"algorithm": 1.0, "overhead": theirs / ours}
             elif static is not None:
                 row |= {"algorithm": static / ours, "overhead": theirs / static}
+                if name == "decode" and (moved := index.moved_bytes(batch, tokens)):
+                    row["bytes"] = moved[1] / moved[0]
             yield row
 
 
@@ -161,20 +176,17 @@ def roofline_rows(index: Index) -> Iterator[Row]:
     model = str(index.first("gpu").get("model", ""))
     rates["nominal"] = next((rate for word, rate in NOMINAL_BYTES_PER_S.items() if word in model), None)
     teacher = index.first("teacher_bytes")
-    linear = {row["contender"]: row for row in index.rows if row["name"] == "linear_bytes"}
     for row in index.rows:
         if row["name"] != "decode" or "ms" not in row:
             continue
         contender, batch = row["contender"], row["batch"]
         if contender.startswith("teacher"):
-            if not teacher:
-                continue
-            needed = teacher["weights"] + teacher["cache_per_token"] * batch * (row["tokens"] + 1)
+            needed = _teacher_bytes(teacher, batch, row["tokens"]) if teacher else 0
         else:
-            of = linear.get(contender) or linear.get(OURS)
-            if of is None:
-                continue
-            needed = of["weights"] + 2 * batch * of["state"]
+            linear = index.linear_bytes(contender)
+            needed = _linear_bytes(linear, batch) if linear else 0
+        if not needed:
+            continue
         found: Row = {"name": "roofline", "contender": contender, "batch": batch, "tokens": row["tokens"]}
         found["bytes"] = needed
         for what, rate in rates.items():
@@ -229,3 +241,13 @@ def target_rows(index: Index) -> Iterator[Row]:
             "is_reached": sign * measured >= sign * t.at_least,
             "is_aim_reached": sign * measured >= sign * t.aim,
         }
+
+
+def _linear_bytes(sizes: Row, batch: int) -> int:
+    """Weights once, states read and written."""
+    return int(sizes["weights"] + 2 * batch * sizes["state"])
+
+
+def _teacher_bytes(sizes: Row, batch: int, tokens: int) -> int:
+    """Weights once, the cache of the context and of the token itself."""
+    return int(sizes["weights"] + sizes["cache_per_token"] * batch * (tokens + 1))

@@ -45,6 +45,7 @@ def draw(results: Path) -> str:
         memory.plot(tokens, [steps[t]["device_bytes"] / 2**30 for t in tokens], style, **options)
     latency.set(xlabel="tokens in the context", ylabel="ms a decode step, batch 1", xscale="log", yscale="log")
     memory.set(xlabel="tokens in the context", ylabel="GiB while decoding", xscale="log", ylim=(0, None))
+    latency.set_yticks([2, 5, 10, 20, 50, 100], ["2", "5", "10", "20", "50", "100"], minor=False)
     ticks = sorted({row["tokens"] for row in rows})
     for axes in (latency, memory):
         axes.set_xticks(ticks, [f"{t / 1000:.0f}K" for t in ticks], minor=False)

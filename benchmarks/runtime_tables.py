@@ -86,12 +86,14 @@ def ratios_table(results: Results) -> str:
             NAMES[r["contender"]],
             f"{r['ratio']:.2f}",
             f"{r['algorithm']:.2f}" if "algorithm" in r else "",
+            f"{r['bytes']:.2f}" if "bytes" in r else "",
             f"{r['overhead']:.2f}" if "overhead" in r else "",
         )
         for r in results["rows"]
         if r["name"] == "ratio"
     ]
-    return _table(("time over ours", "of", "ratio", "= algorithm", "x overhead"), lines)
+    header = ("time over ours", "of", "ratio", "algorithm: static teacher over ours", "of that by bytes", "overhead")
+    return _table(header, lines)
 
 
 def roofline_table(results: Results) -> str:

@@ -55,6 +55,12 @@ def test_the_algorithm_is_the_fastest_static_teacher_over_ours() -> None:
     assert of("ratio", contender="teacher-hf-eager")["algorithm"] == pytest.approx(8.0 / 2.0)
 
 
+def test_the_bytes_behind_the_algorithm_are_weights_and_cache_over_weights_and_state() -> None:
+    found = of("ratio", contender="teacher-hf-eager")["bytes"]
+    assert found == pytest.approx((4.8e9 + 131_072 * 103_001) / (4.6e9 + 2 * 35e6))
+    assert "bytes" not in of("ratio", contender="triton")
+
+
 def test_other_implementations_of_the_linear_model_differ_by_overhead_alone() -> None:
     row = of("ratio", contender="triton")
     assert (row["algorithm"], row["overhead"]) == (1.0, pytest.approx(1.5))
