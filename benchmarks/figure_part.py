@@ -99,7 +99,10 @@ class Part:
     def keep_logits(self, contender: str, logits: Sequence[Any]) -> None:
         """Keep logits (steps, vocab) for the comparison of contenders."""
         arrays = [row.float().cpu().numpy() if isinstance(row, torch.Tensor) else row for row in logits]
-        np.save(self.folder / f"{contender}.npy", np.stack(arrays))
+        partial = self.folder / f"{contender}.partial"
+        with partial.open("wb") as file:  # a part may be stopped at any time
+            np.save(file, np.stack(arrays))
+        partial.rename(partial.with_suffix(".npy"))
 
 
 def eager_ms(work: Callable[[int], object], *, calls: int, warm: int = 1) -> Row:
