@@ -36,22 +36,24 @@ def measure_ceilings(part: Part) -> None:
 
 
 @torch.no_grad()
-def measure_linear(part: Part, sizes: Sizes, bundle: Path, kit: Path | None) -> None:
-    """Measure the linear model in PyTorch: plain modules, and operators of the kit in a CUDA graph."""
+def measure_linear(part: Part, sizes: Sizes, bundle: Path, peers: Path | None) -> None:
+    """Measure the linear model in PyTorch: plain modules, and mamba-ssm's operators in a CUDA graph."""
     model = model_from_bundle(bundle, part.device)
     part.tell("the weights are on the device")
-    operators: Any = None
-    if kit is not None and part.device == "cuda":
-        operators = figure_linear.TritonOperators(model.spec, kit)
-    elif part.device == "cpu":
-        operators = figure_linear.PlainOperators(model.spec)
-    fast = None if operators is None else figure_linear.FastLinear(model, operators)
+    operators: Any = figure_linear.PlainOperators(model.spec)
+    missing = ""
+    if part.device == "cuda":
+        try:
+            operators = figure_linear.TritonOperators(model.spec, peers)
+        except ImportError as error:
+            missing = str(error)
+    fast = None if missing else figure_linear.FastLinear(model, operators)
     free_memory()
     _keep_plain_logits(part, sizes, model)
     # The longest prompt of the plain modules comes last: it takes longest, and says least.
     _measure_plain(part, sizes, model, sizes.lengths[0])
     if fast is None:
-        part.note(name="decode", contender="triton", batch=1, tokens=sizes.lengths[0], missing="no kit was given")
+        part.note(name="decode", contender="triton", batch=1, tokens=sizes.lengths[0], missing=missing)
     else:
         _measure_fast(part, sizes, fast)
     if len(sizes.lengths) > 1:

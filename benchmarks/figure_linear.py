@@ -66,31 +66,34 @@ class PlainOperators:
 
 
 class TritonOperators:
-    """mamba-ssm's scan and state update, and a kit's short convolution and gated norm, in Triton.
+    """mamba-ssm's scan and state update, with the convolution and the gated norm of `triton_kernels`.
 
     Args:
-        kit: folder with `tk.py` and the package `mamba_ssm`.
+        folder: with the package `mamba_ssm`, or what of it is Triton's; None for an installed one.
+
+    Raises:
+        ImportError: it is not there.
     """
 
-    def __init__(self, spec: ModelSpec, kit: Path) -> None:
-        sys.path.insert(0, str(kit.resolve()))
-        import tk  # type: ignore[import-not-found]
+    def __init__(self, spec: ModelSpec, folder: Path | None, device: str = "cuda") -> None:
+        if folder is not None:
+            sys.path.insert(0, str(folder.resolve()))
+        import triton_kernels
         from mamba_ssm.ops.triton.selective_state_update import (  # type: ignore[import-not-found]
             selective_state_update,
         )
         from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined  # type: ignore[import-not-found]
 
-        self.tk, self.update, self.scan = tk, selective_state_update, mamba_chunk_scan_combined
+        self.own, self.update, self.scan = triton_kernels, selective_state_update, mamba_chunk_scan_combined
         self.spec = spec
         self.group = spec.heads // spec.kv_heads
-        self.skip = torch.zeros(
-            spec.heads, 1, device="cuda"
-        )  # mamba-ssm's D, which this model has not and its function wants
+        # mamba-ssm's D, which this model has not and its function wants.
+        self.skip = torch.zeros(spec.heads, 1, device=device)
 
     def prefill(self, rows: Tensor, weights: MixerWeights) -> tuple[Tensor, Tensor, Tensor]:
         s, w = self.spec, weights.scan
         count = len(rows)
-        mixed, conv = self.tk.conv2(rows[:, : s.conv_channels], w.conv_weight, w.conv_bias)
+        mixed, conv = self.own.convolve(rows[:, : s.conv_channels], w.conv_weight, w.conv_bias)
         v, k, q = mixed.split([s.kv_heads * s.head_dim, s.kv_heads * s.state_dim, s.heads * s.state_dim], -1)
         y, ssm = self.scan(
             v.view(1, count, s.kv_heads, s.head_dim).repeat_interleave(self.group, 2),
@@ -104,12 +107,12 @@ class TritonOperators:
             return_final_states=True,
         )
         gate = rows[:, s.conv_channels : -s.heads]
-        gated: Tensor = self.tk.gnorm(y.view(count, -1), gate, w.norm_weight, GATE_NORM_EPS)
+        gated: Tensor = self.own.gated_norm(y.view(count, -1), gate, w.norm_weight, GATE_NORM_EPS)
         return gated, conv, ssm[0].float()
 
     def step(self, rows: Tensor, weights: MixerWeights, conv: Tensor, ssm: Tensor) -> Tensor:
         s, w, batch = self.spec, weights.scan, len(rows)
-        mixed = self.tk.conv2_update(rows[:, : s.conv_channels], w.conv_weight, w.conv_bias, conv)
+        mixed = self.own.convolve_step(rows[:, : s.conv_channels], w.conv_weight, w.conv_bias, conv)
         v, k, q = mixed.split([s.kv_heads * s.head_dim, s.kv_heads * s.state_dim, s.heads * s.state_dim], -1)
         y = self.update(
             ssm,
@@ -124,7 +127,7 @@ class TritonOperators:
             True,
         )
         gate = rows[:, s.conv_channels : -s.heads]
-        gated: Tensor = self.tk.gnorm(y.view(batch, -1), gate, w.norm_weight, GATE_NORM_EPS)
+        gated: Tensor = self.own.gated_norm(y.view(batch, -1), gate, w.norm_weight, GATE_NORM_EPS)
         return gated
 
     def retune(self) -> None:

@@ -4,7 +4,7 @@ python benchmarks/paper_figure.py --bundle BUNDLE --kernels LIBRARY --peers DIR 
 python benchmarks/paper_figure.py --tiny --device cpu                              tiny models, to try this script on any machine
 
 BUNDLE is a full-size one: benchmarks/full_size_bundle.py makes one with random weights. LIBRARY is the libmmm_onnxruntime.so of
-`mmm-export plugins build`. DIR holds mamba-ssm's Triton operators and a module `tk` with the short convolution and the gated norm.
+`mmm-export plugins build`. DIR holds the package mamba_ssm, of which its Triton operators are enough, if it is not installed.
 Several bundles: --bundle BUNDLE --bundle int8=BUNDLE. Every contender runs in a process of its own, the GPU to itself; whatever fails
 or finds no time is in the results as such.
 """
@@ -145,7 +145,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bundle", action="append", metavar="[LABEL=]BUNDLE", help="the first is also PyTorch's model")
     parser.add_argument("--kernels", default="auto", help="auto, none, or a libmmm_onnxruntime.so (default: auto)")
-    parser.add_argument("--peers", type=Path, help="folder of mamba-ssm's Triton operators")
+    parser.add_argument("--peers", type=Path, help="folder with mamba_ssm")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--tiny", action="store_true", help="tiny models; a bundle is made for them")
     parser.add_argument("--seconds", type=float, default=280.0, help="for everything (default: 280)")
