@@ -65,7 +65,7 @@ def lives() -> list[Life]:
     lengths = (1, 63, 64, 65, 130, 200, 3, 129, 90, 64, 31, 260)
     return [
         Life(
-            begin=number if number < 4 else 2 * number,
+            begin=number // 2,
             length=length,
             tokens=random.integers(3, 400, 1 + 5 * number % 12).tolist(),
             tiles=2 if length == 90 else 0,
