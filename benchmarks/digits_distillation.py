@@ -4,6 +4,7 @@ python benchmarks/digits_distillation.py prepare --work DIR     pictures' source
 python benchmarks/digits_distillation.py teacher --work DIR     trains the teacher
 python benchmarks/digits_distillation.py students --work DIR    distils the linear and the hybrid student from it
 python benchmarks/digits_distillation.py more --work DIR        a second round of stage 3 for the linear one
+python benchmarks/digits_distillation.py more --work DIR --round 3       a third one, on five times as many pictures
 python benchmarks/digits_distillation.py ablations --work DIR   stages, inits and attention counts, three seeds each
 python benchmarks/digits_distillation.py ship --work DIR        writes demo_models/ from them
 
@@ -16,6 +17,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 import time
@@ -44,6 +46,10 @@ KINDS: tuple[Kind, ...] = ("teacher", "linear", "hybrid")
 LOOKS = 5  # at the test accuracy during a run
 RATES = ("5e-3,2e-3,1e-3", "2e-3,1e-3,5e-4", "1e-2,5e-3,2e-3", "5e-3,2e-3,3e-3", "5e-3,2e-3,5e-3")
 GROUPS = ("counts", "subsets", "inits")
+ROUNDS = {  # of stage 3 for the linear student, after the first: how, on how many samples
+    2: (experiment.SECOND_ROUND, experiment.TRAIN_SAMPLES, "second round"),
+    3: (experiment.THIRD_ROUND, experiment.THIRD_ROUND_SAMPLES, "third round"),
+}
 
 
 def prepare(options: argparse.Namespace) -> None:
@@ -134,7 +140,7 @@ def _say(*words: object) -> None:
 
 
 def _counts(options: argparse.Namespace) -> list[tuple[str, int]]:
-    return [("train", options.train_samples), ("test", TEST_SAMPLES)]
+    return [("train", options.train_samples or experiment.TRAIN_SAMPLES), ("test", TEST_SAMPLES)]
 
 
 def _drawn(split: Any, count: int, options: argparse.Namespace) -> Arrays:
@@ -243,15 +249,18 @@ def group(options: argparse.Namespace) -> None:
 
 
 def more(options: argparse.Namespace) -> None:
-    """Give the linear student a second round of stage 3."""
+    """Give the linear student another round of stage 3."""
+    stage, samples, label = ROUNDS[options.round]
+    options.train_samples = options.train_samples or samples
     bench = Bench(options)
     teacher_tensors, linear = load(bench.work / "teacher.npz"), load(bench.work / "linear.npz")
     network = experiment.trained_student(teacher_tensors, linear, bench.device, bench.dtype)
-    bench.result(network, run="linear, first round", seed=options.seed)
+    bench.result(network, run=f"linear, before the {label}", seed=options.seed)
     # The order of samples continues with another seed: the first one's would begin with the same samples again.
-    seconds = bench.stage(network, "stage-3", experiment.SECOND_ROUND, "linear, second round", options.seed + 1)
+    seed = options.seed + options.round - 1
+    seconds = bench.stage(network, "stage-3", stage, f"linear, {label}", seed)
     save(bench.work / "linear.npz", experiment.stored_tensors(network, ()))
-    bench.result(network, run="linear, second round", seed=options.seed, train_s=round(seconds, 1))
+    bench.result(network, run=f"linear, {label}", seed=seed, train_s=round(seconds, 1))
 
 
 def ship(options: argparse.Namespace) -> None:
@@ -295,7 +304,7 @@ def rates(options: argparse.Namespace) -> None:
 
 
 def ablations(options: argparse.Namespace) -> None:
-    """Run all groups and seeds side by side on one GPU: models this small leave it idle most of the time."""
+    """Run all groups and seeds side by side on all GPUs: models this small leave one idle most of the time."""
     runs = [
         ["group", f"--group={part}", f"--seed={seed}", f"--part=ablations-{part}-{seed}"]
         for seed in SEEDS
@@ -310,11 +319,21 @@ def _side_by_side(options: argparse.Namespace, runs: list[list[str]]) -> None:
     shared = [
         f"--{name.replace('_', '-')}={getattr(options, name)}"
         for name in ("work", "device", "train_samples", "used_samples")
+        if getattr(options, name) is not None
     ]
     shared += [f"--steps-scale={options.steps_scale}", f"--cache={options.cache or options.work}"]
     shared += ["--compile"] if options.compile else []
     shared += [f"--rates={options.rates}"] if options.rates and "rate" not in runs[0] else []
-    running = [subprocess.Popen([sys.executable, __file__, *run, *shared]) for run in runs]
+    gpus = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    if gpus == [""]:
+        gpus = [str(i) for i in range(torch.cuda.device_count())] or [""]
+    running = [
+        subprocess.Popen(
+            [sys.executable, __file__, *run, *shared],
+            env={**os.environ, "CUDA_VISIBLE_DEVICES": gpus[i % len(gpus)]},
+        )
+        for i, run in enumerate(runs)
+    ]
     failed = [process.args for process in running if process.wait() != 0]
     if failed:
         raise SystemExit(f"failed: {failed}")
@@ -330,8 +349,9 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=1)
-    parser.add_argument("--train-samples", type=int, default=experiment.TRAIN_SAMPLES)
-    parser.add_argument("--used-samples", type=int, default=experiment.TRAIN_SAMPLES, help="of the drawn ones")
+    parser.add_argument("--train-samples", type=int, help=f"{experiment.TRAIN_SAMPLES}, or what the round wants")
+    parser.add_argument("--used-samples", type=int, help="of the drawn ones; all unless given")
+    parser.add_argument("--round", type=int, choices=sorted(ROUNDS), default=2, help="of more")
     parser.add_argument("--rates", help="learning rates of the three stages, such as 5e-3,2e-3,1e-3")
     parser.add_argument("--steps-scale", type=float, default=1.0, help="of the recipe's steps; below 1 for a trial")
     parser.add_argument("--compile", action="store_true")

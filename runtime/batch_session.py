@@ -154,8 +154,8 @@ class BatchSession:
 
     @property
     def state_bytes(self) -> int:
-        """Bytes of the states of all rows; the session holds two such sets of buffers, and one row of zeros."""
-        return self.rows * sum(tensor.bytes for tensor in state_layout(self._manifest))
+        """Bytes of the state of one row, as of `Session`; there are two such sets of buffers for each row."""
+        return sum(tensor.bytes for tensor in state_layout(self._manifest))
 
     def tokens(self, row: int) -> int:
         """Return the tokens in a row's context; 0 for a free row."""
@@ -229,33 +229,40 @@ class BatchSession:
     def answers(self, questions: Iterable[Question]) -> Iterator[Answered]:
         """Answer questions, as many at a time as there are free rows, each in the order in which its answer ends.
 
-        A question that cannot be asked or answered comes back with its error; the others do not notice.
+        A question that cannot be asked or answered comes back with its error; the others do not notice. Leaving the iterator early
+        cancels the answers that are under way.
 
         Raises: as `step`.
         """
         waiting = enumerate(questions)
         asked: dict[Answer, tuple[int, Question]] = {}
         is_over = False
-        while True:
-            while not is_over and self.free_rows:
-                number, question = next(waiting, (-1, None))
-                if question is None:
-                    is_over = True
-                    break
-                self._open_backend  # noqa: B018 - a closed session is no fault of the question
-                try:
-                    answer = self.add(question.prompt, question.images, question.options, max_tiles=question.max_tiles)
-                except MmmError as error:
-                    yield Answered(number, question, None, error)
-                else:
-                    asked[answer] = number, question
-            for answer in [answer for answer in asked if answer.finish_reason is not None]:
-                yield Answered(*asked.pop(answer), answer, answer.error)
-            if is_over and not asked:
-                return
-            if not asked and not self.is_busy:
-                raise self._full()  # and nothing here will ever make room
-            self.step()
+        try:
+            while True:
+                while not is_over and self.free_rows:
+                    number, question = next(waiting, (-1, None))
+                    if question is None:
+                        is_over = True
+                        break
+                    self._open_backend  # noqa: B018 - a closed session is no fault of the question
+                    try:
+                        answer = self.add(
+                            question.prompt, question.images, question.options, max_tiles=question.max_tiles
+                        )
+                    except MmmError as error:
+                        yield Answered(number, question, None, error)
+                    else:
+                        asked[answer] = number, question
+                for answer in [answer for answer in asked if answer.finish_reason is not None]:
+                    yield Answered(*asked.pop(answer), answer, answer.error)
+                if is_over and not asked:
+                    return
+                if not asked and not self.is_busy:
+                    raise self._full()  # and nothing here will ever make room
+                self.step()
+        finally:
+            for answer in asked:
+                answer.cancel()
 
     def prefill(self, input_ids: ArrayLike, pixel_values: ArrayLike | None = None) -> tuple[int, NDArray[np.float32]]:
         """Read token ids into a free row, which then is the caller's until `free`.

@@ -18,14 +18,14 @@ from mmm_export.distillation.stage import StageOptions
 STAGE = StageOptions(steps=4, batch_samples=8, samples_per_pass=2, learning_rate=5e-3)
 
 
-def main(teacher: str, folder: str, recompute: str) -> None:
+def main(teacher: str, folder: str, recompute: str, device_kind: str) -> None:
     recipe = Recipe(
         stages={"stage-1": STAGE, "stage-2": STAGE, "stage-3": STAGE},
         layout=Layout(1),
         run=RunOptions(dtype="fp32", recompute=recompute == "recompute", snapshot_steps=3),
     )
     place = Path(folder)
-    with launched_processes("cpu") as (processes, device):
+    with launched_processes(device_kind) as (processes, device):
         job = Job(
             Path(teacher),
             recipe,
@@ -41,7 +41,11 @@ def main(teacher: str, folder: str, recompute: str) -> None:
             calls[0] += 1
             return calls[0] == 6 and (place / "interrupt").exists()
 
-        run_job(job if not (place / "work").exists() else with_resume(job), lambda checkpoint: toy_data(), stop=stop)
+        run_job(
+            job if not (place / "work").exists() else with_resume(job),
+            lambda checkpoint: toy_data(device=device),
+            stop=stop,
+        )
 
 
 def with_resume(job: Job) -> Job:

@@ -34,7 +34,7 @@ def alone(tmp_path_factory):
     folder = tmp_path_factory.mktemp("alone")
     random_teacher(folder / "teacher", SPEC, seed=0, tokenizer=None)
     (folder / "one").mkdir()
-    run(1, folder / "teacher", folder / "one", "plain")
+    run(1, folder / "teacher", folder / "one", "plain", "cpu")
     return folder
 
 
@@ -42,11 +42,22 @@ def alone(tmp_path_factory):
 @pytest.mark.parametrize("recompute", ["plain", "recompute"])
 def test_two_processes_have_the_curve_of_one_and_make_its_student(alone, tmp_path, recompute):
     (tmp_path / "interrupt").touch()
-    run(2, alone / "teacher", tmp_path, recompute)  # stops in the second stage
+    run(2, alone / "teacher", tmp_path, recompute, "cpu")  # stops in the second stage
     (tmp_path / "interrupt").unlink()
-    run(2, alone / "teacher", tmp_path, recompute)
+    run(2, alone / "teacher", tmp_path, recompute, "cpu")
     # Float32 sums in another order, through twelve steps of AdamW.
     assert losses(tmp_path) == pytest.approx(losses(alone / "one"), rel=1e-4)
     one, two = Checkpoint.open(alone / "one" / "student"), Checkpoint.open(tmp_path / "student")
     for name in one.names():
         torch.testing.assert_close(two.tensor(name), one.tensor(name), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_two_gpus_have_the_curve_of_one(tmp_path):
+    random_teacher(tmp_path / "teacher", SPEC, seed=0, tokenizer=None)
+    for processes in (1, 2):
+        (tmp_path / str(processes)).mkdir()
+        run(processes, tmp_path / "teacher", tmp_path / str(processes), "plain", "cuda")
+    # Float32 sums in another order, and through NCCL.
+    assert losses(tmp_path / "2") == pytest.approx(losses(tmp_path / "1"), rel=1e-4)

@@ -10,7 +10,7 @@ import numpy as np
 
 from mmm_export.manifest import FileInfo, Manifest
 from mmm_export.model.testing import tiny_spec
-from mmm_export.runtime import Session
+from mmm_export.runtime import BatchSession, Session
 from mmm_export.runtime.state_layout import state_layout
 from mmm_export.runtime.state_pool import StatePool
 from mmm_export.spec import ModelSpec
@@ -129,3 +129,43 @@ def text_ids(spec: ModelSpec, count: int, seed: int = 0) -> Any:
 def tiles(spec: ModelSpec, count: int) -> Any:
     size = spec.vision.tile_size
     return np.random.default_rng(1).standard_normal((count, 3, size, size)).astype(np.float32)
+
+
+class ToyBatch:
+    """Rows of toys behind the runtime's BatchBackend protocol."""
+
+    def __init__(self, manifest: Manifest, rows: int) -> None:
+        self.toys = tuple(ToyBackend(manifest) for _ in range(rows))
+        self.rows: tuple[Any, ...] = self.toys
+        self.steps: list[tuple[int, ...]] = []  # rows of each step
+        self.after_step: Callable[[dict[int, Any]], None] = lambda logits: None  # may change them, or raise
+        self.is_closed = False
+
+    def step(self, tokens: Mapping[int, int]) -> dict[int, Any]:
+        self.steps.append(tuple(tokens))
+        kept = {row: self.toys[row].read_state(self.toys[row].tokens) for row in tokens}
+        logits = {row: self.toys[row].advance(np.array([token]), None) for row, token in tokens.items()}
+        try:
+            self.after_step(logits)
+        except BaseException:
+            for row, arrays in kept.items():
+                self.toys[row].write_state(arrays, self.toys[row].tokens - 1)
+            raise
+        return logits
+
+    def close(self) -> None:
+        self.is_closed = True
+
+
+def toy_batch(
+    kinds: Any = "linear",
+    *,
+    rows: int = 3,
+    folder: Path = Path("no-such-bundle"),
+    chunk_tokens: int = 8,
+    **manifest: Any,
+) -> tuple[BatchSession, ToyBatch]:
+    """Open a batch on toys."""
+    made = toy_manifest(kinds, **manifest)
+    backend = ToyBatch(made, rows)
+    return BatchSession(folder, made, backend, chunk_tokens=chunk_tokens), backend
