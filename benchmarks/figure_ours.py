@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import onnxruntime
 from figure_part import CHECK_STEPS, Part, Row, Sizes
+from figure_summary import OURS
 
 from mmm_export.bench.measurement import BenchOptions, Measurement, measure
 from mmm_export.bench.roofline import step_bytes
@@ -25,7 +27,10 @@ def measure_ours(part: Part, sizes: Sizes, bundle: Path, contender: str, *, kern
         ids = part.prompt(sizes.check_tokens + CHECK_STEPS, manifest.model.vocab_size)
         logits = [session.prefill(ids[: sizes.check_tokens])]
         logits += [session.step(int(token)) for token in ids[sizes.check_tokens :]]
-        part.keep_logits(contender, logits)
+        if contender == OURS:
+            part.keep_logits(contender, logits)
+        else:  # other weights, of which PyTorch's contenders have no copy
+            part.note(name="check", contender=contender, is_finite=all(bool(np.isfinite(row).all()) for row in logits))
         weights = step_bytes(manifest, 0) - 2 * session.state_bytes
         part.note(name="linear_bytes", contender=contender, weights=weights, state=session.state_bytes)
         part.note(name="runtime", contender=contender, onnxruntime=onnxruntime.__version__, chunk_tokens=chunk_tokens)

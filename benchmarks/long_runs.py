@@ -235,7 +235,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seconds", type=float, default=240.0, help="for everything (default: 240)")
     parser.add_argument("--prompt-tokens", type=int, help="(default: 1,000,000; tiny: 20,000)")
     parser.add_argument("--steps", type=int, help="(default: 100,000; tiny: 500)")
-    parser.add_argument("--chunk-tokens", type=int, default=4096, help="of the first run")
+    parser.add_argument("--chunk-tokens", type=int, default=8192, help="of the first run")
     parser.add_argument("--other-tokens", type=int, help="of the second run (default: 1,000; tiny: 100)")
     parser.add_argument("--results", type=Path, help="result file (default: benchmarks/results/<gpu>-long-runs.json)")
     return parser

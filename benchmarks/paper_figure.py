@@ -52,8 +52,9 @@ def run_part(options: argparse.Namespace) -> None:
         contenders.measure_ceilings(part)
     elif kind == "ours":
         import figure_ours
+        from figure_summary import OURS
 
-        if label != "ours":  # other weights of the same model: the first says the rest
+        if label != OURS:  # other weights of the same model: the first says the rest
             sizes = dataclasses.replace(sizes, lengths=(sizes.lengths[0], sizes.lengths[-1]), batches=(1,))
         ways = {"kernels": options.kernels, "chunk_tokens": options.chunk_tokens}
         figure_ours.measure_ours(part, sizes, bundle, label, **ways)
@@ -149,7 +150,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--tiny", action="store_true", help="tiny models; a bundle is made for them")
     parser.add_argument("--seconds", type=float, default=280.0, help="for everything (default: 280)")
-    parser.add_argument("--chunk-tokens", type=int, default=4096, help="prompt tokens that our runtime reads at once")
+    parser.add_argument("--chunk-tokens", type=int, default=8192, help="prompt tokens that our runtime reads at once")
     parser.add_argument("--lengths", type=int, nargs="+", help="prompt lengths, ascending")
     parser.add_argument("--batches", type=int, nargs="+", help="rows of decode steps, from 1")
     parser.add_argument("--parts", nargs="+", help="some of: ceilings, ours:LABEL, teacher, linear")
