@@ -32,11 +32,11 @@ class DecodeStep:
         self.embedding: Any = None
         self.decoders: tuple[Any, ...] = ()
         self.options: tuple[Any, ...] = ()
-        self._lengths: NDArray[np.int32] | None = None  # as they are on the device
+        self._lengths: NDArray[np.int32] = np.full(lanes, -1, np.int32)  # as they are on the device
 
     def write(self, lengths: NDArray[np.int32], past_lengths: NDArray[np.int32] | None) -> None:
         """Update what the next run reads besides its tokens; `past_lengths` only where the model takes them."""
-        if self._lengths is None or not np.array_equal(lengths, self._lengths):  # they seldom change
+        if lengths is not self._lengths and not np.array_equal(lengths, self._lengths):  # they seldom change
             self.lengths.write(lengths)
             self._lengths = lengths
         if past_lengths is not None:

@@ -14,6 +14,8 @@ from mmm_export.runtime.row_positions import RowPositions
 
 Floats = NDArray[np.float32]
 
+_ONE = np.ones(1, np.int32)
+
 
 class RowPool(Protocol):
     """The states of all rows, as `StatePool` and `DeviceStatePool` keep them."""
@@ -59,7 +61,7 @@ class RowsBackend(ABC):
         """As of `Backend`, for one row."""
         count = len(input_ids)
         if len(self._positions) == 1 and count == 1 and features is None and self.tokens:
-            return self.step({0: int(input_ids[0])})[0]  # the one way in which tokens are decoded
+            return self._step_only_row(input_ids)
         logits = self._read_row(row, input_ids, features)
         self._positions.commit(row, count)
         return logits
@@ -81,6 +83,14 @@ class RowsBackend(ABC):
         logits = self._step_rows(self._positions.shared, ids, lengths, past_lengths)
         self._positions.commit_step(tokens)
         return {row: logits[row] for row in tokens}
+
+    def _step_only_row(self, input_ids: NDArray[np.int64]) -> Floats:
+        """What `step` does where there is one row: in a decode step every microsecond on the host is one that the device waits."""
+        slot, tokens = self._positions[0]
+        logits = self._step_rows(slot, input_ids[None], _ONE, np.array([tokens], np.int32))
+        self._positions.commit(0, 1)
+        last: Floats = logits[0]
+        return last
 
     def read_state(self, rows: int, row: int = 0) -> dict[str, Array]:
         return self._row_pool.read(rows, row)

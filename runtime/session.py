@@ -162,7 +162,12 @@ class Session:
             MmmError: as `prefill`.
 
         """
-        return self.prefill([token_id])
+        spec, context = self._manifest.model, self._open_context
+        limit = spec.vocab_size + spec.special_tokens
+        if type(token_id) is not int or not 0 <= token_id < limit or token_id == spec.image_token_id:
+            return self.prefill([token_id])  # which says what is wrong, or takes what is no plain number
+        context.writer = None
+        return context.feed(np.array([token_id], np.int64))
 
     def reset(self) -> None:
         """Forget the context."""

@@ -79,34 +79,35 @@ bool is_tiled(const mmm_linear_shape& shape, int variant, const Device& device) 
 // Walks the table of kernels, outer type first.
 struct Product {
   const mmm_linear_args& call;
+  const mmm_linear_args* kept;  // the call's rows that are no integers, as a product of their own; or NULL
   const Device& device;
   Spread spread;
   int out_stride;           // of out and residual, in elements
   int first_token, tokens;  // of this launch
 
-  template <typename Element, int FORMAT, int WARPS, int R>
-  cudaError_t vector() const {
-    using V = Vector<Element, FORMAT, WARPS, R>;
-    const mmm_linear_shape& s = call.shape;
-    const auto kernel = linear_vector_kernel<Element, FORMAT, WARPS, R>;
+  template <typename Element>
+  VectorArgs vector_args(const mmm_linear_args& from, int tiles_a_turn) const {
+    const mmm_linear_shape& s = from.shape;
     const bool silu = s.epilogue == MMM_EPILOGUE_SILU;
-    const int64_t columns = silu ? s.outputs / 2 : s.outputs, out_bytes = element_bytes(s.out_dtype);
+    const int64_t columns = silu ? s.outputs / 2 : s.outputs, first_out = int64_t{first_token} * out_stride;
     VectorArgs a = {};
-    a.weight = static_cast<const char*>(call.weight), a.scales = call.scales;
-    a.x = static_cast<const Element*>(call.x) + first_token * call.x_stride, a.x_stride = call.x_stride;
-    a.norm_weight = s.normalise ? call.norm_weight : nullptr;
-    a.residual = s.epilogue == MMM_EPILOGUE_RESIDUAL ? static_cast<const Element*>(call.residual) + int64_t{first_token} * out_stride
-                                                             : nullptr;
-    a.out = static_cast<char*>(call.out) + int64_t{first_token} * out_stride * out_bytes;
-    a.out_stride = out_stride;
+    a.weight = static_cast<const char*>(from.weight), a.scales = from.scales;
+    a.x = static_cast<const Element*>(from.x) + first_token * from.x_stride, a.x_stride = from.x_stride;
+    a.norm_weight = s.normalise ? from.norm_weight : nullptr;
+    a.residual = s.epilogue == MMM_EPILOGUE_RESIDUAL ? static_cast<const Element*>(from.residual) + first_out : nullptr;
+    a.out = static_cast<char*>(from.out) + first_out * element_bytes(s.out_dtype), a.out_stride = out_stride;
     a.rows = s.outputs, a.chunks = s.inputs / chunk_inputs(s), a.tokens = tokens;
-    const int rows_a_tile = silu ? kTileRows : R * kTileRows;
+    const int rows_a_tile = silu ? kTileRows : tiles_a_turn * kTileRows;
     a.tiles = static_cast<int>((columns + rows_a_tile - 1) / rows_a_tile);
     a.epilogue = s.epilogue, a.depth = spread.depth, a.eps = s.eps;
     a.scales_are_bfloat16 = s.scale_dtype == MMM_BFLOAT16, a.out_is_float32 = s.out_dtype == MMM_FLOAT32;
-    a.overlap = device.major >= 9 && call.overlap != 0;
+    a.overlap = device.major >= 9 && from.overlap != 0;
+    return a;
+  }
 
-    static std::atomic<uint64_t> prepared{0};  // a bit for each device
+  // `prepared` has a bit for each device that knows `kernel`.
+  template <typename Kernel, typename... Args>
+  cudaError_t launch(Kernel kernel, std::atomic<uint64_t>& prepared, int blocks, int threads, int shared_bytes, Args... args) const {
     const uint64_t bit = uint64_t{1} << (device.id % 64);
     if (!(prepared.load(std::memory_order_relaxed) & bit)) {
       cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, device.shared_memory_per_block);
@@ -120,12 +121,30 @@ struct Product {
     attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attribute.val.programmaticStreamSerializationAllowed = 1;
     cudaLaunchConfig_t config = {};
-    config.gridDim = dim3(std::min(a.tiles, spread.blocks * device.multiprocessors));
-    config.blockDim = dim3(V::kThreads);
-    config.dynamicSmemBytes = V::shared_bytes(tokens, a.chunks, spread.depth);
+    config.gridDim = dim3(blocks), config.blockDim = dim3(threads);
+    config.dynamicSmemBytes = shared_bytes;
     config.stream = static_cast<cudaStream_t>(call.stream);
-    if (a.overlap) config.attrs = &attribute, config.numAttrs = 1;
-    return cudaLaunchKernelEx(&config, kernel, a);
+    if (device.major >= 9 && call.overlap != 0) config.attrs = &attribute, config.numAttrs = 1;
+    return cudaLaunchKernelEx(&config, kernel, args...);
+  }
+
+  template <typename Element, int FORMAT, int WARPS, int R>
+  cudaError_t vector() const {
+    using V = Vector<Element, FORMAT, WARPS, R>;
+    const VectorArgs a = vector_args<Element>(call, R);
+    const int most = spread.blocks * device.multiprocessors, shared_bytes = V::shared_bytes(tokens, a.chunks, spread.depth);
+    if constexpr (FORMAT != MMM_WEIGHT_PLAIN) {
+      if (kept != nullptr) {
+        using Kept = Vector<Element, MMM_WEIGHT_PLAIN, WARPS, 1>;
+        const VectorArgs rows = vector_args<Element>(*kept, 1);
+        const int blocks = rows.tiles + std::min(a.tiles, std::max(1, most - rows.tiles));
+        static std::atomic<uint64_t> prepared{0};
+        return launch(linear_vector_kept_kernel<Element, FORMAT, WARPS, R>, prepared, blocks, V::kThreads,
+                      std::max(shared_bytes, Kept::shared_bytes(tokens, rows.chunks, spread.depth)), a, rows);
+      }
+    }
+    static std::atomic<uint64_t> prepared{0};
+    return launch(linear_vector_kernel<Element, FORMAT, WARPS, R>, prepared, std::min(a.tiles, most), V::kThreads, shared_bytes, a);
   }
 
   template <typename Element, int FORMAT>
@@ -177,12 +196,17 @@ struct Product {
   }
 };
 
-// Enqueues a product with rows of one format, into `out_stride` elements a token.
-cudaError_t enqueue_rows(const mmm_linear_args& args, int out_stride, const Device& device) {
+// Enqueues the rows of one format, and with few tokens those of `kept` beside them, into `out_stride` elements a token.
+cudaError_t enqueue_rows(const mmm_linear_args& args, const mmm_linear_args* kept, int out_stride, const Device& device) {
   const mmm_linear_shape& shape = args.shape;
   const int most = std::min(kMostTokens, shape.tokens);
-  Product product = {args, device, fitted(shape, spread_of(args, most, device), most, device), out_stride, 0, 0};
-  if (is_tiled(shape, args.variant, device)) return product.enqueue();
+  Product product = {args, kept, device, fitted(shape, spread_of(args, most, device), most, device), out_stride, 0, 0};
+  if (is_tiled(shape, args.variant, device)) {
+    if (kept != nullptr) {
+      if (const cudaError_t error = enqueue_rows(*kept, nullptr, out_stride, device)) return error;
+    }
+    return product.enqueue();
+  }
   const int fit = tokens_that_fit(shape, product.spread, device);
   for (int first = 0; first < shape.tokens; first += fit) {
     product.first_token = first, product.tokens = std::min(fit, shape.tokens - first);
@@ -191,26 +215,23 @@ cudaError_t enqueue_rows(const mmm_linear_args& args, int out_stride, const Devi
   return cudaSuccess;
 }
 
+cudaError_t enqueue(const mmm_linear_args& args, const Device& device) {
+  const mmm_linear_shape& shape = args.shape;
+  const int out_stride = static_cast<int>(linear_columns(shape)), quantized = shape.outputs - shape.kept;
+  mmm_linear_args rest = args, kept = args;
+  rest.shape.outputs = quantized, rest.shape.kept = 0;
+  if (shape.kept == 0) return enqueue_rows(rest, nullptr, out_stride, device);
+  kept.shape.weight_format = MMM_WEIGHT_PLAIN, kept.shape.outputs = shape.kept, kept.shape.kept = 0;
+  kept.weight = args.kept_weight, kept.scales = nullptr, kept.variant = 0;
+  kept.out = static_cast<char*>(args.out) + int64_t{quantized} * element_bytes(shape.out_dtype);
+  if (args.residual != nullptr) kept.residual = static_cast<const char*>(args.residual) + int64_t{quantized} * element_bytes(shape.io_dtype);
+  return enqueue_rows(rest, &kept, out_stride, device);
+}
+
 // Of gate and up, whose products lie in the workspace until they are multiplied: so few that they are still in the L2.
 constexpr int kSiluTokens = 1024;
 
 int silu_tokens(const mmm_linear_shape& shape) { return std::min(shape.tokens, kSiluTokens); }
-
-cudaError_t enqueue(const mmm_linear_args& args, const Device& device) {
-  const mmm_linear_shape& shape = args.shape;
-  const int out_stride = static_cast<int>(linear_columns(shape)), quantized = shape.outputs - shape.kept;
-  if (shape.kept > 0) {  // these first: the others, which are many, start while these few are computed
-    mmm_linear_args kept = args;
-    kept.shape.weight_format = MMM_WEIGHT_PLAIN, kept.shape.outputs = shape.kept, kept.shape.kept = 0;
-    kept.weight = args.kept_weight, kept.scales = nullptr, kept.variant = 0;
-    kept.out = static_cast<char*>(args.out) + int64_t{quantized} * element_bytes(shape.out_dtype);
-    if (args.residual != nullptr) kept.residual = static_cast<const char*>(args.residual) + int64_t{quantized} * element_bytes(shape.io_dtype);
-    if (const cudaError_t error = enqueue_rows(kept, out_stride, device)) return error;
-  }
-  mmm_linear_args rest = args;
-  rest.shape.outputs = quantized, rest.shape.kept = 0;
-  return enqueue_rows(rest, out_stride, device);
-}
 
 // Bytes of (rows, columns) 16-bit elements, rounded up so that what follows is aligned too.
 uint64_t matrix_bytes(int rows, int columns) {
