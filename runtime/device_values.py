@@ -10,6 +10,7 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
+from mmm_export.errors import MmmError
 from mmm_export.runtime.row_positions import RowPositions
 from mmm_export.runtime.state_layout import TOKEN_AXIS, StateTensor
 
@@ -68,10 +69,22 @@ class DeviceTensor(DeviceRows):
         shape: of the tensor.
         dtype: numpy's name, or "bfloat16".
         device: "cuda", or "cpu" to run the same code without a GPU.
+
+    Raises:
+        MmmError: no memory for it.
     """
 
     def __init__(self, shape: Sequence[int], dtype: str, device: str) -> None:
-        value = onnxruntime.OrtValue.ortvalue_from_shape_and_type(list(shape), _ALLOCATED[dtype], device, 0)
+        try:
+            value = onnxruntime.OrtValue.ortvalue_from_shape_and_type(list(shape), _ALLOCATED[dtype], device, 0)
+        except Exception as error:  # a RuntimeError of whichever kind ONNX Runtime was built with
+            size = prod(shape) * int(np.dtype(_HOST[dtype]).itemsize)
+            raise MmmError(
+                "the device has no memory for what the session keeps there",
+                found=str(error).strip().splitlines()[0][:200],
+                wanted=f"{size:,} bytes for {dtype} {tuple(shape)}",
+                hint="smaller chunks (chunk_tokens), fewer rows, a smaller --max-tokens, or nothing else on that device",
+            ) from error
         super().__init__(value, shape, dtype, device)
 
     def rows(self, begin: int, end: int) -> DeviceRows:
@@ -120,6 +133,11 @@ class DeviceStatePool:
         """Return a row's state: what a run of this row alone reads."""
         slot, tokens = self.positions[row]
         return self.rows(slot, row, row + 1) if tokens else self.zeros
+
+    def place(self, row: int) -> tuple[int | None, int]:
+        """Return which slots `past` and `present` of a row are in; None for zeros."""
+        slot, tokens = self.positions[row]
+        return (slot if tokens else None), self.positions.target(row)
 
     def present(self, row: int) -> dict[str, DeviceRows]:
         """Return where a run of this row alone writes."""

@@ -25,6 +25,7 @@ from mmm_export.runtime.state_layout import GRAPH_DTYPE, STORAGE, state_layout
 from mmm_export.runtime.token_rows import TokenRows
 
 _NO_GRAPH = "-1"  # the id of a run that ONNX Runtime shall neither capture nor replay
+_KEPT_CHUNKS = 2  # sizes of chunks: that of a long prompt, and its rest
 _CHECKED_ROWS = 64  # of the embedding table, compared with what the embedding graph makes of their ids
 
 
@@ -95,7 +96,7 @@ class OnnxRuntimeCudaBackend(RowsBackend):
         self._row_logits = tensor_for_host((1, 1, self._spec.vocab_size), device)
         self._steps: dict[int, DecodeStep] = {}
         self._prompt_options = self._run_options(_NO_GRAPH)
-        self._chunk: _Chunk | None = None
+        self._chunks: dict[int, _Chunk] = {}
         self._token_rows = self._checked_rows(folder)
 
     def image_features(self, pixel_values: Array) -> Array:
@@ -113,7 +114,7 @@ class OnnxRuntimeCudaBackend(RowsBackend):
     def close(self) -> None:
         host_tensors = [self._row_logits, *(step.logits for step in self._steps.values())]
         del self._steps, self._pool, self._row_pool, self._decoder, self._vision, self._embedding
-        del self._row_logits, self._no_features, self._past_lengths, self._chunk, self._token_rows
+        del self._row_logits, self._no_features, self._past_lengths, self._chunks, self._token_rows
         for tensor in host_tensors:
             if isinstance(tensor, PinnedTensor):
                 tensor.close()  # last: no graph that writes it is left
@@ -129,29 +130,44 @@ class OnnxRuntimeCudaBackend(RowsBackend):
         self, row: int, input_ids: NDArray[np.int64], features: Array | None, length: int
     ) -> DeviceTensor | PinnedTensor:
         """Run a chunk of which `length` tokens count from a row's past into its present; return the logits."""
-        count = len(input_ids)
-        if self._chunk is None or self._chunk.count != count:
-            self._chunk = None  # gives its memory back before more is asked for
-            self._chunk = _Chunk(count, self._spec.hidden_size, self._dtype, self._device)
-        chunk = self._chunk
+        chunk = self._chunk_of(len(input_ids))
         chunk.write(input_ids, length)
-        rows = self._no_features
+        if self._takes_past_lengths:
+            self._past_lengths.write(np.array([self.tokens_of(row)], np.int32))
+        embedding = chunk.embedding
         if features is not None:
             rows = DeviceTensor(features.shape, self._dtype, self._device)
             rows.write(np.ascontiguousarray(features, STORAGE[self._dtype]))
-        if self._takes_past_lengths:
-            self._past_lengths.write(np.array([self.tokens_of(row)], np.int32))
+            embedding = self._bound_embedding(chunk.ids, rows, chunk.embeds)
+        with explained(names.EMBEDDING_FILE):
+            self._embedding.run_with_iobinding(embedding)
         logits = self._row_logits
         if self._manifest.logits == "all":
-            logits = DeviceTensor((1, count, self._spec.vocab_size), "float32", self._device)
-        with explained(names.EMBEDDING_FILE):
-            self._embedding.run_with_iobinding(self._bound_embedding(chunk.ids, rows, chunk.embeds))
-        binding = self._bound_decoder(
-            chunk.embeds, chunk.lengths, self._past_lengths, self._pool.past(row), self._pool.present(row), logits
-        )
+            logits = DeviceTensor((1, chunk.count, self._spec.vocab_size), "float32", self._device)
+            binding = self._bound_row(row, chunk, logits)
+        else:
+            place = (row, *self._pool.place(row))
+            if place not in chunk.decoders:
+                chunk.decoders[place] = self._bound_row(row, chunk, logits)
+            binding = chunk.decoders[place]
         with explained(names.DECODER_FILE):
             self._decoder.run_with_iobinding(binding, self._prompt_options)
         return logits
+
+    def _chunk_of(self, count: int) -> _Chunk:
+        """Return what a chunk of `count` tokens is read from, as it was left if there was one lately."""
+        chunk = self._chunks.pop(count, None)
+        if chunk is None:
+            if len(self._chunks) == _KEPT_CHUNKS:
+                del self._chunks[next(iter(self._chunks))]  # the one used longest ago; before more memory is asked for
+            chunk = _Chunk(count, self._spec.hidden_size, self._dtype, self._device)
+            chunk.embedding = self._bound_embedding(chunk.ids, self._no_features, chunk.embeds)
+        self._chunks[count] = chunk
+        return chunk
+
+    def _bound_row(self, row: int, chunk: _Chunk, logits: DeviceTensor | PinnedTensor) -> Any:
+        past, present = self._pool.past(row), self._pool.present(row)
+        return self._bound_decoder(chunk.embeds, chunk.lengths, self._past_lengths, past, present, logits)
 
     def _step_rows(
         self, slot: int, ids: NDArray[np.int64], lengths: NDArray[np.int32], past_lengths: NDArray[np.int32]
@@ -179,10 +195,10 @@ class OnnxRuntimeCudaBackend(RowsBackend):
             return None
         ids = np.unique(np.linspace(0, vocabulary - 1, _CHECKED_ROWS, dtype=np.int64))
         ids = ids[ids != self._spec.image_token_id]
-        chunk = _Chunk(len(ids), self._spec.hidden_size, self._dtype, self._device)
+        chunk = self._chunk_of(len(ids))
         chunk.write(ids, len(ids))
         with explained(names.EMBEDDING_FILE):
-            self._embedding.run_with_iobinding(self._bound_embedding(chunk.ids, self._no_features, chunk.embeds))
+            self._embedding.run_with_iobinding(chunk.embedding)
         return rows if rows.look_up(ids).tobytes() == chunk.embeds.read().tobytes() else None
 
     def _gather(self) -> None:
@@ -243,17 +259,27 @@ class OnnxRuntimeCudaBackend(RowsBackend):
 
 
 class _Chunk:
-    """What a chunk of `count` tokens is read from, kept for the next one: to allocate on a GPU is to wait for all that runs there."""
+    """What a chunk of `count` tokens is read from, and the bindings of the runs that read it.
+
+    Kept for the next chunk: to allocate on a GPU is to wait for all that runs there, and while the host binds, the GPU idles.
+    `decoders` are by row and by where the states lie that a run reads and writes.
+    """
 
     def __init__(self, count: int, width: int, dtype: str, device: str) -> None:
         self.count = count
         self.ids = DeviceTensor((1, count), "int64", device)
         self.embeds = DeviceTensor((1, count, width), dtype, device)
         self.lengths = DeviceTensor((1,), "int32", device)
+        self.embedding: Any = None
+        self.decoders: dict[tuple[int, int | None, int], Any] = {}
+        self._length = -1  # as it is on the device
 
     def write(self, input_ids: NDArray[np.int64], length: int) -> None:
+        """Update what the next run reads."""
         self.ids.write(np.ascontiguousarray(input_ids[None]))
-        self.lengths.write(np.array([length], np.int32))
+        if length != self._length:
+            self.lengths.write(np.array([length], np.int32))
+            self._length = length
 
 
 def _provider_options(more: Mapping[str, str]) -> dict[str, str]:

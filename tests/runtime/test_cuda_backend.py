@@ -13,7 +13,7 @@ from toy import text_ids, tiles
 from mmm_export.errors import MmmError
 from mmm_export.manifest import read_manifest
 from mmm_export.operator_library import CPU_PROVIDER
-from mmm_export.runtime import GenerationOptions, Session
+from mmm_export.runtime import GenerationOptions, Session, device_values
 from mmm_export.runtime.onnxruntime_cuda_backend import OnnxRuntimeCudaBackend
 from mmm_export.runtime.token_rows import TokenRows
 
@@ -49,6 +49,33 @@ def prompt(session: Session) -> tuple[Any, Any]:
     ids = text_ids(spec, 50)
     ids[10 : 10 + 2 * spec.vision.tokens_per_tile] = spec.image_token_id
     return ids, tiles(spec, 2)
+
+
+def test_no_memory_for_a_chunk_is_told_and_the_session_goes_on(
+    both: tuple[Session, Session], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device, host = both
+    device.prefill([3, 4])
+    host.prefill([3, 4])
+    with monkeypatch.context() as patch:
+
+        def refuse(*_: Any) -> Any:
+            raise RuntimeError("Failed to allocate memory for requested buffer\nand more")
+
+        patch.setattr(device_values.onnxruntime.OrtValue, "ortvalue_from_shape_and_type", refuse)
+        with pytest.raises(MmmError, match="the device has no memory") as error:
+            device.prefill(text_ids(device.manifest.model, 7))
+        assert error.value.found == "Failed to allocate memory for requested buffer"
+        assert "bytes for" in str(error.value.wanted)
+    np.testing.assert_array_equal(device.step(5), host.step(5))
+
+
+def test_chunks_of_many_sizes_keep_no_more_than_two(both: tuple[Session, Session]) -> None:
+    device, host = both
+    for count in (3, 5, 3, 7, 5, 16):
+        ids = text_ids(device.manifest.model, count)
+        np.testing.assert_array_equal(device.prefill(ids), host.prefill(ids))
+    assert list(device._backend._chunks) == [5, 16]  # type: ignore[union-attr]
 
 
 def test_steps_without_a_table_of_rows_give_the_same(
