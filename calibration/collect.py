@@ -20,13 +20,14 @@ from mmm_export.calibration.calibration_file import (
     write_calibration,
 )
 from mmm_export.calibration.linears import Source
-from mmm_export.calibration.prompts import Sample, data_sha256, read_prompts, samples_from_prompts
+from mmm_export.calibration.prompts import Sample, data_sha256, samples_from_prompts
 from mmm_export.calibration.segments import Decoder, Embedder, Segment
 from mmm_export.calibration.statistics import PHASES, Statistics
 from mmm_export.errors import CalibrationError, OptionError
 from mmm_export.manifest import Manifest
 from mmm_export.output import output_folder
 from mmm_export.progress import Progress
+from mmm_export.prompt_file import read_prompts
 from mmm_export.text import Tokenizer
 
 Array = NDArray[Any]

@@ -57,6 +57,13 @@ class QuantizeOptions:
         ):
             if value not in allowed:
                 raise OptionError(f"unknown {name}", found=repr(value), wanted=", ".join(allowed))
+        if self.consumer == "onnxruntime-cuda" and self.format not in ("int8-weights", "int4"):
+            raise OptionError(
+                "our kernels on a GPU have integer weights alone",
+                found=f"--format {self.format} --for {self.consumer}",
+                wanted="int8-weights or int4",
+                hint="TensorRT computes with int8 and fp8 activations: --for tensorrt",
+            )
         if not isinstance(self.smooth, str) and not 0 <= self.smooth <= 1:
             raise OptionError("smooth is out of range", found=str(self.smooth), wanted="0 to 1, auto or none")
 
@@ -182,7 +189,10 @@ def _format(linear: Linear, options: QuantizeOptions, skip: set[str]) -> Quantiz
     if linear.role == "head":
         keep = options.head == "keep" or (options.head == "auto" and options.consumer == "tensorrt")
         return None if keep else "int8-weights"
-    return "int4" if group_size(linear.rows, GROUP) else None
+    size = group_size(linear.rows, GROUP)
+    if options.consumer == "onnxruntime-cuda" and size != GROUP:
+        return "int8-weights"  # the kernels have groups of this size alone
+    return "int4" if size else None
 
 
 def _importance(mean_square: Array, factor: Array | None) -> Array:

@@ -20,6 +20,7 @@ from mmm_export.calibration.segments import EXACT_SETTINGS
 from mmm_export.calibration.weight_file import stored_bytes, write_weights
 from mmm_export.calibration.weights import Weights
 from mmm_export.errors import BundleError, CalibrationError, OptionError
+from mmm_export.fusion import fuse_products
 from mmm_export.manifest import Manifest, Quantization, check_files, file_info, read_manifest, write_manifest
 from mmm_export.output import output_folder
 from mmm_export.progress import Progress, SilentProgress
@@ -39,6 +40,19 @@ def open_source(folder: Path, options: QuantizeOptions, progress: Progress) -> M
             found=f"format {manifest.quantization.format}",
             wanted="a bundle as mmm-export onnx writes it",
             hint="give the bundle that it was made from",
+        )
+    if manifest.needs_kernels:
+        raise BundleError(
+            f"{folder} was exported with --fuse, whose products cannot be quantized any more",
+            wanted="a bundle as mmm-export onnx writes it without --fuse",
+            hint="--for onnxruntime-cuda fuses what it quantizes",
+        )
+    if options.consumer == "onnxruntime-cuda" and manifest.dtype == "fp32":
+        raise OptionError(
+            f"{folder} holds an fp32 model, whose products have no kernel on a GPU",
+            found="dtype fp32, --for onnxruntime-cuda",
+            wanted="fp16 or bf16",
+            hint="export it again: mmm-export onnx CHECKPOINT -o BUNDLE --dtype bf16",
         )
     if manifest.dtype == "bf16" and options.consumer in ("onnxruntime", "reference"):
         raise OptionError(
@@ -117,6 +131,9 @@ def quantize_bundle(
     plan = plan_from_calibration(model, manifest, calibration, calibration_file.parent, options, progress)
     source = ir.load(bundle / names.DECODER_FILE)  # whose weights are read while `model` gets others
     Rewriter(model, Weights(source), options.consumer, manifest.dtype).apply(plan)
+    is_fused = options.consumer == "onnxruntime-cuda"
+    if is_fused:
+        fuse_products(model)
     copied = [name for name in manifest.files if not name.startswith(names.DECODER_FILE)]
     needed = stored_bytes(model) + sum(manifest.files[name].bytes for name in copied)
     with output_folder(output, force=force, needed_bytes=needed, protect=(bundle, calibration_file.parent)) as folder:
@@ -141,6 +158,7 @@ def quantize_bundle(
                 "mmm-export": mmm_export.__version__,
                 "onnx-ir": importlib.metadata.version("onnx-ir"),
             },
+            needs_kernels=is_fused,
             quantization=Quantization(
                 format=options.format,
                 method=options.method if options.format == "int8" else "minmax",

@@ -22,13 +22,13 @@ from torch import Tensor
 import mmm_export
 from mmm_export import names
 from mmm_export.errors import OptionError
-from mmm_export.exporter.fusion import fuse_products, write_weights
 from mmm_export.exporter.golden import write_golden
 from mmm_export.exporter.golden_recording import golden_examples, golden_from_examples
 from mmm_export.exporter.graphs import DecoderGraph, EmbeddingGraph, Graph, VisionGraph, layer_output
 from mmm_export.exporter.scan_function import Body, scan_function
 from mmm_export.exporter.trace import OPSET, trace
-from mmm_export.exporter.weights import bind_weights, weight_bytes
+from mmm_export.exporter.weights import bind_weights, weight_bytes, write_weights
+from mmm_export.fusion import fuse_products
 from mmm_export.manifest import (
     DTYPES,
     Dtype,

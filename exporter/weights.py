@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 import torch
 from torch import Tensor
@@ -60,6 +62,38 @@ def bind_weights(
                 advance(raw.nbytes)
             value.const_value = data_file.tensor(name, offset, _dtype(value), _shape(value))
     return data_file.info()
+
+
+def write_weights(model: ir.Model, path: Path, advance: Callable[[int], None]) -> FileInfo:
+    """Update `model`: write the value of every initializer to the new file `path`, and let it refer to that.
+
+    Args:
+        model: whose initializers have values, in files or as views of files.
+        path: the data file to write, beside which the model must be saved.
+        advance: called with the number of bytes written.
+
+    Returns: size and hash of the file.
+    """
+    with path.open("wb") as stream:
+        data_file = DataFile(path, stream)
+        for name, value in model.graph.initializers.items():
+            tensor = value.const_value
+            if not isinstance(tensor, (ir.ExternalTensor, ir.LazyTensor)):
+                continue  # a small constant, which stays in the graph: shape inference reads it there
+            offset = data_file.align()
+            for block in _row_blocks(tensor.numpy()):
+                data = np.ascontiguousarray(block).reshape(-1).view(np.uint8).data
+                data_file.put(data)
+                advance(len(data))
+            value.const_value = data_file.tensor(name, offset, tensor.dtype, tuple(tensor.shape.numpy()))
+    return data_file.info()
+
+
+def _row_blocks(array: Any) -> list[Any]:
+    if array.ndim < 2:
+        return [array]
+    step = max(1, BLOCK_BYTES // max(1, array[:1].nbytes))
+    return [array[begin : begin + step] for begin in range(0, len(array), step)]
 
 
 def _blocks(tensor: Tensor) -> Iterator[Tensor]:

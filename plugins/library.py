@@ -148,6 +148,7 @@ class LinearShape(ctypes.Structure):
         ("outputs", ctypes.c_int32),
         ("inputs", ctypes.c_int32),
         ("eps", ctypes.c_float),
+        ("kept", ctypes.c_int32),
     )
 
 
@@ -163,6 +164,7 @@ class LinearArguments(ctypes.Structure):
         ("weight", ctypes.c_void_p),
         ("scales", ctypes.c_void_p),
         ("norm_weight", ctypes.c_void_p),
+        ("kept_weight", ctypes.c_void_p),
         ("residual", ctypes.c_void_p),
         ("out", ctypes.c_void_p),
         ("workspace", ctypes.c_void_p),

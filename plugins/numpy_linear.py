@@ -34,11 +34,12 @@ class LinearWeight(NamedTuple):
     """A weight as the kernels take it.
 
     Shapes: plain: weight (N, K), no scales; INT8: weight (N, K) int8, scales (N,) float32; INT4: weight (N, K/2) uint8, the low nibble
-    first, scales (N, K/128) float16 or bfloat16.
+    first, scales (N, K/128) float16 or bfloat16. Integers may be followed by `kept`, rows (kept, K) of the type of x.
     """
 
     weight: Array
     scales: Array | None = None
+    kept: Array | None = None
 
     @property
     def format(self) -> WeightFormat:
@@ -96,25 +97,29 @@ def linear_numpy(
     if x.ndim != 2 or weight.weight.ndim != 2:
         raise KernelError("x or the weight is no matrix", found=f"shapes {x.shape}, {weight.weight.shape}")
     M, K = x.shape
-    N = int(weight.weight.shape[0])
+    quantized = int(weight.weight.shape[0])
+    N = quantized + (0 if weight.kept is None else len(weight.kept))
     if silu and residual is not None:
         raise KernelError("a product has one epilogue", found="silu and a residual")
     wanted: dict[str, tuple[Array | None, tuple[int, ...]]] = {
-        "weight": (weight.weight, (N, K // 2 if weight.format == WeightFormat.INT4 else K)),
+        "weight": (weight.weight, (quantized, K // 2 if weight.format == WeightFormat.INT4 else K)),
         "norm_weight": (norm_weight, (K,)),
         "residual": (residual, (M, N)),
+        "kept_weight": (weight.kept, (N - quantized, K)),
     }
     if weight.format != WeightFormat.PLAIN:
         if weight.scales is None:
             raise KernelError("a weight of integers has no scales")
         wanted["scales"] = (
             weight.scales,
-            (N,) if weight.format == WeightFormat.INT8 else (N, K // INT4_GROUP),
+            (quantized,) if weight.format == WeightFormat.INT8 else (quantized, K // INT4_GROUP),
         )
     for name, (array, shape) in wanted.items():
         if array is not None and array.shape != shape:
             raise KernelError(f"{name} has the wrong shape", found=str(array.shape), wanted=str(shape))
-        same = name in ("norm_weight", "residual") or (name == "weight" and weight.format == WeightFormat.PLAIN)
+        same = name in ("norm_weight", "residual", "kept_weight") or (
+            name == "weight" and weight.format == WeightFormat.PLAIN
+        )
         if array is not None and same and array.dtype != x.dtype:
             raise KernelError(f"{name} has another type than x", found=f"{array.dtype}, {x.dtype}")
     if x.size and x.strides[1] != x.itemsize:
@@ -136,6 +141,7 @@ def linear_numpy(
                 outputs=N,
                 inputs=K,
                 eps=eps,
+                kept=N - quantized,
             ),
             x=x.ctypes.data,
             x_stride=x.strides[0] // x.itemsize,

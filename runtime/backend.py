@@ -1,4 +1,4 @@
-"""What a session needs from an inference engine: three graphs and the state of one sequence."""
+"""What a session needs from an inference engine: three graphs and the state of one sequence, or of several."""
 
 from __future__ import annotations
 
@@ -49,6 +49,27 @@ class Backend(Protocol):
 
     def clear(self) -> None:
         """Go back to the state of no tokens."""
+
+    def close(self) -> None:
+        """Free the model. Nothing else may be called afterwards."""
+
+
+class BatchBackend(Protocol):
+    """One loaded model and the states of several sequences, a row for each."""
+
+    @property
+    def rows(self) -> tuple[Backend, ...]:
+        """Each row as a backend of one sequence; what is done to one leaves the others as they are."""
+
+    def step(self, tokens: Mapping[int, int]) -> dict[int, NDArray[np.float32]]:
+        """Run one more token of some rows at once and update their states, all of them or, when it raises, none.
+
+        Args:
+            tokens: by row, each in the vocabulary and no image token; the row is not empty, and its KV cache has room.
+
+        Returns: by row, logits (vocab,); the caller may keep them.
+
+        """
 
     def close(self) -> None:
         """Free the model. Nothing else may be called afterwards."""

@@ -103,14 +103,22 @@ class Context:
         """
         self._refuse_if_broken()
         self.check_room(len(ids))
-        everything = np.concatenate([np.asarray(self.unfed, np.int64), ids])
+        unfed = self.unfed
+        everything = np.concatenate([np.asarray(unfed, np.int64), ids]) if unfed else ids
         whole = self._backend.tokens + len(everything)
         try:
+            if len(everything) == 1 and pixels is None:
+                return self._backend.advance(everything, None)
             return self._read(everything, ImageFeatures(self._backend, pixels))
         finally:
             if self._backend.tokens == whole:
                 self._last_fed = int(everything[-1])
                 self.seen[everything] = True
+
+    def note_step(self, token: int) -> None:
+        """Update the context after its backend has read a token in a step of several rows."""
+        self._last_fed = token
+        self.seen[token] = True
 
     def _read(self, ids: NDArray[np.int64], features: ImageFeatures) -> NDArray[np.float32]:
         chunks = [ids[begin : begin + self._chunk_tokens] for begin in range(0, len(ids), self._chunk_tokens)]

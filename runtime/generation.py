@@ -1,139 +1,28 @@
-"""An answer while it is written: an iterator of text that afterwards knows why it ended and how long it took."""
+"""An answer of a session: an iterator of text that runs the model as it is iterated."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Literal, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
-from mmm_export.errors import OptionError
+from mmm_export.runtime.answer import Answer, TokenStream, Turn
 from mmm_export.runtime.context import Context
 from mmm_export.runtime.generation_options import GenerationOptions
-from mmm_export.runtime.sampling import Sampler
-from mmm_export.runtime.state_cache import StateCache, boundaries_of, read_prompt
-from mmm_export.runtime.stop_strings import StopScanner
-
-FinishReason = Literal["stop_token", "stop_string", "length", "context_full", "cancelled"]
 
 
-@dataclass(frozen=True)
-class GenerationStatistics:
-    """How much was read and written, and how fast.
-
-    Attributes:
-        prompt_tokens: read for this turn, image tokens included.
-        image_tokens: those of them that stand for images.
-        cached_tokens: those of them that were not read, since the state cache had their state.
-        context_tokens: in the context now.
-        new_tokens: sampled, a stop token included.
-        first_token_s: seconds from the call to the first sampled token: images, prompt, sampling; None before it.
-        decode_s: seconds spent on all tokens after the first, without what the caller does in between.
-
-    """
-
-    prompt_tokens: int
-    image_tokens: int
-    context_tokens: int
-    new_tokens: int
-    first_token_s: float | None
-    decode_s: float
-    cached_tokens: int = 0
-
-    @property
-    def decode_tokens_per_s(self) -> float | None:
-        """Tokens after the first for each second; None when there were none."""
-        return (self.new_tokens - 1) / self.decode_s if self.new_tokens > 1 and self.decode_s > 0 else None
-
-
-@dataclass(frozen=True)
-class Turn:
-    """What a generation reads first: (T,) ids, their tiles (tiles, 3, S, S), and the seconds it took to make them.
-
-    With a `cache` an empty context is read through it; `turn_start` is the id of `<|im_start|>` if there is one.
-    """
-
-    ids: NDArray[np.int64]
-    pixels: NDArray[np.float32] | None
-    preparation_s: float
-    cache: StateCache | None = None
-    turn_start: int | None = None
-
-
-class TokenStream(Protocol):
-    """Turns tokens into text that never ends within a character; `mmm_export.text.TextStream` is one."""
-
-    def push(self, token_id: int) -> str: ...
-    def flush(self) -> str: ...
-
-
-class Generation(Iterator[str]):
+class Generation(Answer, Iterator[str]):
     """The pieces of one answer, none empty, none ending within a character.
 
-    The work happens in `next`. After the last piece `finish_reason` says why: "stop_token", "stop_string", "length"
-    (max_new_tokens), "context_full" (KV cache), or "cancelled" (by `cancel`, Ctrl-C, or because the session was used
-    for something else meanwhile). The session is usable after each of them and holds the tokens sampled so far.
+    The work happens in `next`. The session is usable after the last piece, whatever the reason, and holds the tokens sampled so far.
     """
 
     def __init__(
         self, context: Context, turn: Turn, options: GenerationOptions, stop_ids: frozenset[int], stream: TokenStream
     ) -> None:
-        spec = context.spec
-        # The model reads an image token only together with an image, so an answer cannot contain one.
-        banned = (spec.image_token_id,) if spec.image_token_id < spec.vocab_size else ()
-        self._context = context
-        self._turn = turn
-        self._options = options
-        self._stop_ids = stop_ids
-        self._stream = stream
-        self._scanner = StopScanner(options.stop)
-        self._sampler = Sampler(options, banned)
-        self._reason: FinishReason | None = None
-        self._pieces: list[str] = []
-        self._token_ids: list[int] = []
-        self._sampled = 0
-        self._first_token_s: float | None = None
-        self._decode_s = 0.0
-        self._cached = 0
+        super().__init__(context, turn, options, stop_ids, stream)
         self._run = self._answer()
-        context.writer = self
-
-    @property
-    def finish_reason(self) -> FinishReason | None:
-        """Why the answer ended; None while it has not."""
-        return self._reason
-
-    @property
-    def text(self) -> str:
-        """The answer so far: all pieces in one."""
-        return "".join(self._pieces)
-
-    @property
-    def token_ids(self) -> tuple[int, ...]:
-        """The answer's tokens so far, without the stop token that ended it."""
-        return tuple(self._token_ids)
-
-    @property
-    def statistics(self) -> GenerationStatistics:
-        """Counts and times so far."""
-        ids = self._turn.ids
-        return GenerationStatistics(
-            prompt_tokens=len(ids),
-            image_tokens=int(np.count_nonzero(ids == self._context.spec.image_token_id)),
-            context_tokens=self._context.tokens,
-            new_tokens=self._sampled,
-            first_token_s=self._first_token_s,
-            decode_s=self._decode_s,
-            cached_tokens=self._cached,
-        )
-
-    def cancel(self) -> None:
-        """End the answer where it is."""
-        if self._reason is None:
-            self._reason = "cancelled"
 
     def __next__(self) -> str:
         if self._reason is None and self._context.writer is not self:
@@ -141,62 +30,22 @@ class Generation(Iterator[str]):
         if self._reason == "cancelled":
             raise StopIteration
         try:
-            piece = next(self._run)
+            return next(self._run)
         except StopIteration:
             raise
         except BaseException:
             self.cancel()
             raise
-        self._pieces.append(piece)
-        return piece
 
     def _answer(self) -> Iterator[str]:
         begin = time.perf_counter()
-        logits = self._read_turn()
+        logits = self.read_turn()
         while True:
-            token = self._sampler.choose(logits, self._context.seen)
-            has_room = self._context.add_sampled(token)
-            self._clock(begin)
-            self._sampled += 1
-            piece = ""
-            if token in self._stop_ids:
-                self._reason = "stop_token"
-            else:
-                self._token_ids.append(token)
-                piece = self._scanner.push(self._text_of(token))
-                if self._scanner.is_stopped:
-                    self._reason = "stop_string"
-                elif self._sampled >= self._options.max_new_tokens:
-                    self._reason = "length"
-                elif not has_room:
-                    self._reason = "context_full"
-            if self._reason is not None:
-                break
+            piece = self.take(logits)
+            self.clock(time.perf_counter() - begin)
             if piece:
                 yield piece
+            if self._reason is not None:
+                return
             begin = time.perf_counter()
             logits = self._context.feed(np.zeros(0, np.int64))
-        piece += self._scanner.push(self._stream.flush()) + self._scanner.flush()
-        if piece:
-            yield piece
-
-    def _read_turn(self) -> NDArray[np.float32]:
-        turn, context = self._turn, self._context
-        if turn.cache is None or context.tokens:
-            return context.feed(turn.ids, turn.pixels)
-        boundaries = boundaries_of(turn.ids, context.spec.image_token_id, turn.turn_start)
-        logits, self._cached = read_prompt(context, turn.cache, turn.ids, turn.pixels, boundaries)
-        return logits
-
-    def _text_of(self, token: int) -> str:
-        try:
-            return self._stream.push(token)
-        except OptionError:  # a row of the model's output that no token uses, as in a padded vocabulary
-            return ""
-
-    def _clock(self, begin: float) -> None:
-        seconds = time.perf_counter() - begin
-        if self._first_token_s is None:
-            self._first_token_s = self._turn.preparation_s + seconds
-        else:
-            self._decode_s += seconds

@@ -27,6 +27,7 @@ class Sampler:
         self.options = options
         self._banned = list(banned)
         self._random = np.random.default_rng(options.seed)
+        self._all_ids = np.arange(0)
 
     def choose(self, logits: NDArray[np.float32], seen: Mask) -> int:
         """Draw one token.
@@ -40,32 +41,53 @@ class Sampler:
 
         """
         if self.options.is_greedy:
+            best = int(np.argmax(logits)) if self.options.repetition_penalty == 1 else -1
+            # Without a copy of all logits, which would cost a good part of a decode step for each row of a batch.
+            if best >= 0 and best not in self._banned and np.isfinite(logits[best]):  # a NaN is a maximum too
+                return best
             return int(np.argmax(self._scores(logits, seen)))
-        likely = self.probabilities(logits, seen)
+        ids, likely = self._candidates(logits, seen)
         cumulative = np.cumsum(likely)
         drawn = np.searchsorted(cumulative, self._random.random() * cumulative[-1], side="right")
-        # The product may round up to the whole sum, which lies behind the last token that has a probability.
-        return int(min(drawn, np.flatnonzero(likely)[-1]))
+        if (
+            drawn == likely.size
+        ):  # the product was rounded up to the whole sum, behind the last token that has a probability
+            drawn = np.flatnonzero(likely)[-1]
+        return int(ids[drawn])
 
     def probabilities(self, logits: NDArray[np.float32], seen: Mask) -> Floats:
         """Return the distribution that `choose` draws from, (vocab,): it sums to 1, and is 1 at one id when greedy."""
-        scores = self._scores(logits, seen)
+        whole = np.zeros(logits.shape)
         if self.options.is_greedy:
-            likely = np.zeros(scores.shape)
-            likely[np.argmax(scores)] = 1.0
-            return likely
+            whole[np.argmax(self._scores(logits, seen))] = 1.0
+            return whole
+        ids, likely = self._candidates(logits, seen)
+        whole[ids] = likely
+        return whole
+
+    def _candidates(self, logits: NDArray[np.float32], seen: Mask) -> tuple[NDArray[np.intp], Floats]:
+        """Return the ids that may be drawn, ascending, and their probabilities, (n,) each.
+
+        Every filter leaves the next one fewer tokens: most vocabularies are large, and few of their tokens are ever likely.
+        """
+        scores = self._scores(logits, seen)
         # Temperature keeps the order, so the k largest can be taken before it, where no two have been rounded to one.
         if 0 < self.options.top_k < scores.size:
-            scores = np.where(top_k_mask(scores, self.options.top_k), scores, -np.inf)
+            ids = np.flatnonzero(top_k_mask(scores, self.options.top_k))
+            scores = scores[ids]
+        else:
+            ids = self._all_ids = self._all_ids if self._all_ids.size == scores.size else np.arange(scores.size)
         # Differences first: a tiny temperature then sends them to 0 and -inf, never to NaN.
         with np.errstate(over="ignore"):
             scores = (scores - scores.max()) / self.options.temperature
         likely = _normalised(np.exp(scores))
         if self.options.top_p < 1:
-            likely = _normalised(np.where(top_p_mask(likely, self.options.top_p), likely, 0.0))
+            ids, likely = _filtered(top_p_mask(likely, self.options.top_p), ids, likely)
+            likely = _normalised(likely)
         if self.options.min_p > 0:
-            likely = _normalised(np.where(likely >= self.options.min_p * likely.max(), likely, 0.0))
-        return likely
+            ids, likely = _filtered(likely >= self.options.min_p * likely.max(), ids, likely)
+            likely = _normalised(likely)
+        return ids, likely
 
     def _scores(self, logits: NDArray[np.float32], seen: Mask) -> Floats:
         scores: Floats = logits.astype(np.float64)
@@ -110,6 +132,11 @@ def top_p_mask(likely: Floats, p: float) -> Mask:
     mask: Mask = np.zeros(likely.size, np.bool_)
     mask[order[: reached + 1]] = True
     return mask
+
+
+def _filtered(mask: Mask, ids: NDArray[np.intp], values: Floats) -> tuple[NDArray[np.intp], Floats]:
+    kept = np.flatnonzero(mask)
+    return ids[kept], values[kept]
 
 
 def _normalised(weights: Any) -> Floats:

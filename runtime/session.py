@@ -2,35 +2,32 @@
 
 from __future__ import annotations
 
-import os
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from mmm_export import names
-from mmm_export.engine_manifest import EngineManifest, folder_kind
-from mmm_export.errors import BundleError, MmmError, OptionError
+from mmm_export.engine_manifest import EngineManifest
+from mmm_export.errors import MmmError
 from mmm_export.manifest import Manifest
+from mmm_export.runtime.answer import Turn
 from mmm_export.runtime.backend import Backend
 from mmm_export.runtime.context import Context
-from mmm_export.runtime.generation import Generation, Turn
+from mmm_export.runtime.generation import Generation
 from mmm_export.runtime.generation_options import GenerationOptions
+from mmm_export.runtime.opening import DEFAULT_CHUNK_TOKENS, open_model
+from mmm_export.runtime.prompt_encoder import PromptEncoder
 from mmm_export.runtime.state_cache import DEFAULT_MAX_BYTES, StateCache
 from mmm_export.runtime.state_file import read_state, write_state
 from mmm_export.runtime.state_layout import state_layout
-from mmm_export.runtime.token_input import check_image_tokens, ids_from_input, pixels_from_input
 
 if TYPE_CHECKING:
     from mmm_export.images import ImageSource
     from mmm_export.text import Tokenizer
-
-# Text and images are imported where they are used: whoever feeds token ids needs neither sentencepiece nor Pillow.
-DEFAULT_CHUNK_TOKENS = 512
 
 
 class Session:
@@ -58,10 +55,9 @@ class Session:
     ) -> None:
         """Put a session on top of a backend; most callers want `Session.open`."""
         self._manifest = manifest
-        self._folder = folder
         self._kernels = kernels
         self._backend: Backend | None = backend
-        self._tokenizer: Tokenizer | None = None
+        self._prompts = PromptEncoder(folder, manifest)
         self._cache: StateCache | None = None
         capacity = manifest.max_tokens if manifest.model.attention_layers else None
         self._context = Context(manifest.model, backend, capacity=capacity, chunk_tokens=chunk_tokens)
@@ -96,24 +92,15 @@ class Session:
             KernelError: the kernel library cannot be used.
 
         """
-        for name, value in (("chunk_tokens", chunk_tokens), ("threads", threads)):
-            if value is not None and (not isinstance(value, int) or value < 1):
-                raise OptionError(f"{name} is out of range", found=repr(value), wanted="a whole number of at least 1")
-        if isinstance(providers, str):
-            providers = [providers]  # one name is that name, and not its letters
-        folder = Path(path)
-        if folder_kind(folder) == "engine":
-            from mmm_export.runtime.engine_session import open_engine_backend
-
-            engine, backend, chunk = open_engine_backend(
-                folder, providers, threads, kernels, chunk_tokens, check_content
-            )
-            return cls(folder, engine, backend, chunk_tokens=chunk)
-        # Imported here: a state file can be inspected where ONNX Runtime is not installed.
-        from mmm_export.runtime.backends import open_bundle
-
-        manifest, backend, library = open_bundle(folder, providers, threads, kernels, check_content)
-        return cls(folder, manifest, backend, chunk_tokens=chunk_tokens, kernels=library)
+        model = open_model(
+            path,
+            providers=providers,
+            chunk_tokens=chunk_tokens,
+            threads=threads,
+            kernels=kernels,
+            check_content=check_content,
+        )
+        return cls(model.folder, model.manifest, model.backend, chunk_tokens=model.chunk_tokens, kernels=model.kernels)
 
     @property
     def manifest(self) -> Manifest | EngineManifest:
@@ -145,19 +132,8 @@ class Session:
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """The bundle's tokenizer. Raises BundleError when it has none, TokenizerError when its files are damaged."""
-        if self._tokenizer is None:
-            if not (self._folder / names.TOKENIZER_MODEL_FILE).is_file():
-                raise BundleError(
-                    f"{self._folder} has no tokenizer",
-                    found=f"no {names.TOKENIZER_MODEL_FILE}",
-                    wanted=", ".join(names.TOKENIZER_FILES),
-                    hint="export from a checkpoint folder that has them, or feed token ids with prefill",
-                )
-            from mmm_export.text import Tokenizer
-
-            self._tokenizer = Tokenizer.from_folder(self._folder)
-        return self._tokenizer
+        """The folder's tokenizer. Raises BundleError when it has none, TokenizerError when its files are damaged."""
+        return self._prompts.tokenizer
 
     def prefill(self, input_ids: ArrayLike, pixel_values: ArrayLike | None = None) -> NDArray[np.float32]:
         """Update the context with tokens and images, and return the logits of the last token, (vocab,).
@@ -174,7 +150,7 @@ class Session:
 
         """
         context = self._open_context
-        ids, pixels = self._checked(input_ids, pixel_values)
+        ids, pixels = self._prompts.checked(input_ids, pixel_values)
         context.writer = None
         return context.feed(ids, pixels)
 
@@ -186,7 +162,12 @@ class Session:
             MmmError: as `prefill`.
 
         """
-        return self.prefill([token_id])
+        spec, context = self._manifest.model, self._open_context
+        limit = spec.vocab_size + spec.special_tokens
+        if type(token_id) is not int or not 0 <= token_id < limit or token_id == spec.image_token_id:
+            return self.prefill([token_id])  # which says what is wrong, or takes what is no plain number
+        context.writer = None
+        return context.feed(np.array([token_id], np.int64))
 
     def reset(self) -> None:
         """Forget the context."""
@@ -244,9 +225,7 @@ class Session:
             TokenizerError: the bundle's tokenizer files are damaged.
 
         """
-        from mmm_export.text import chat_prompt
-
-        return self._encode_with(chat_prompt, prompt, images, max_tiles, add_bos=True)
+        return self._prompts.encode(prompt, images, max_tiles)
 
     def generate(
         self,
@@ -284,12 +263,12 @@ class Session:
         begin = time.perf_counter()
         context = self._open_context
         options = options or GenerationOptions()
-        stop_ids = self._stop_ids(options)
+        stop_ids = self._prompts.stop_ids(options)
         if context.tokens == 0:
             ids, pixels = self.encode(prompt, images, max_tiles=max_tiles)
         else:
-            ids, pixels = self._encode_next_turn(prompt, images, max_tiles)
-        ids, pixels = self._checked(ids, pixels)
+            ids, pixels = self._prompts.encode_next_turn(prompt, images, max_tiles, context.last_token)
+        ids, pixels = self._prompts.checked(ids, pixels)
         context.check_room(len(ids))
         from mmm_export.text import TextStream
         from mmm_export.text.prompt import TURN_START
@@ -317,83 +296,3 @@ class Session:
         if self._backend is None:
             raise MmmError("the session is closed", hint="open it again with Session.open")
         return self._context
-
-    def _checked(
-        self, input_ids: ArrayLike, pixel_values: ArrayLike | None
-    ) -> tuple[NDArray[np.int64], NDArray[np.float32] | None]:
-        spec = self._manifest.model
-        ids = ids_from_input(input_ids, spec)
-        pixels = pixels_from_input(pixel_values, spec)
-        check_image_tokens(ids, pixels, spec)
-        return ids, pixels
-
-    def _stop_ids(self, options: GenerationOptions) -> frozenset[int]:
-        if options.stop_ids is None:
-            from mmm_export.text.prompt import TURN_END
-
-            ends = (self.tokenizer.find(TURN_END), self.tokenizer.eos_id)
-            return frozenset(token for token in ends if token is not None and token >= 0)
-        vocabulary = self._manifest.model.vocab_size
-        for token in options.stop_ids:
-            if token >= vocabulary:
-                raise OptionError(
-                    "a stop id is outside the vocabulary", found=str(token), wanted=f"0 to {vocabulary - 1}"
-                )
-        return frozenset(options.stop_ids)
-
-    def _check_template(self) -> None:
-        if self._manifest.model.template != names.TEMPLATE:
-            raise BundleError(
-                "the model's chat template is not known",
-                found=repr(self._manifest.model.template),
-                wanted=names.TEMPLATE,
-                hint="write the prompt yourself: session.prefill(session.tokenizer.encode(text))",
-            )
-
-    def _tiles(self, source: ImageSource, max_tiles: int | None) -> NDArray[np.float32]:
-        from mmm_export.images import load_image, tiles_from_image
-
-        pixels: NDArray[np.float32] = tiles_from_image(
-            load_image(source), self._manifest.model.vision, max_tiles=max_tiles
-        )
-        return pixels
-
-    def _encode_next_turn(
-        self, prompt: str, images: Sequence[ImageSource], max_tiles: int | None
-    ) -> tuple[NDArray[np.int64], NDArray[np.float32] | None]:
-        """Like `encode` for a turn that follows others.
-
-        Special tokens split a text before it is cut into pieces, so what follows `<|im_end|>` has the same ids alone.
-        """
-        from mmm_export.text import turn_prompt
-        from mmm_export.text.prompt import TURN_END
-
-        ids, pixels = self._encode_with(turn_prompt, prompt, images, max_tiles, add_bos=False)
-        closing = self.tokenizer.encode(TURN_END, add_bos=False)  # several ids where the vocabulary has no such token
-        if closing != [self._context.last_token]:
-            ids = np.concatenate([np.asarray(closing, np.int64), ids])
-        return ids, pixels
-
-    def _encode_with(
-        self,
-        write: Callable[..., str],
-        prompt: str,
-        images: Sequence[ImageSource],
-        max_tiles: int | None,
-        *,
-        add_bos: bool,
-    ) -> tuple[NDArray[np.int64], NDArray[np.float32] | None]:
-        self._check_template()
-        tiles = [self._tiles(source, max_tiles) for source in _image_list(images)]
-        counts = [len(pixels) for pixels in tiles]
-        text = write(prompt, tile_counts=counts, tokens_per_tile=self._manifest.model.vision.tokens_per_tile)
-        ids = np.asarray(self.tokenizer.encode(text, add_bos=add_bos), np.int64)
-        return ids, np.concatenate(tiles) if tiles else None
-
-
-def _image_list(images: Sequence[ImageSource]) -> list[ImageSource]:
-    """One image given instead of a list is that image, and not its letters or pixels."""
-    single = (
-        isinstance(images, (str, bytes, os.PathLike)) or hasattr(images, "read") or not isinstance(images, Iterable)
-    )
-    return [cast("ImageSource", images)] if single else list(images)

@@ -20,7 +20,7 @@ def refuse_other_form(manifest: Manifest, flavor: Flavor) -> list[str]:
     again = (
         f"mmm-export calibrate BUNDLE --from BUNDLE.calibration/calibration.json --format {how.format} --for {flavor}"
     )
-    if how.consumer == "onnxruntime":
+    if how.consumer.startswith("onnxruntime"):
         raise EngineError(
             "the bundle is quantized for ONNX Runtime",
             found=f"{how.format} in the operators of ONNX Runtime",

@@ -45,6 +45,11 @@ int32_t check_sizes(const mmm_linear_shape& s, mmm_status& status) {
   if (s.epilogue == MMM_EPILOGUE_SILU && s.outputs % 2 != 0) {
     return fail(status, MMM_INVALID_ARGUMENT, "outputs is %d; wanted an even number for [gate | up]", s.outputs);
   }
+  const bool may_keep = s.weight_format != MMM_WEIGHT_PLAIN && s.epilogue != MMM_EPILOGUE_SILU;
+  if (s.kept < 0 || s.kept >= s.outputs || (s.kept > 0 && !may_keep)) {
+    return fail(status, MMM_INVALID_ARGUMENT, "%d rows are kept; wanted 0%s", s.kept,
+                may_keep ? " or more, and fewer than there are outputs" : ": the weight is plain, or [gate | up]");
+  }
   if (s.weight_format == MMM_WEIGHT_INT4 && s.inputs % MMM_INT4_GROUP != 0) {
     return fail(status, MMM_UNSUPPORTED, "inputs %d has no INT4 kernel; wanted a multiple of %d, the inputs that share a scale",
                 s.inputs, MMM_INT4_GROUP);
@@ -63,15 +68,15 @@ int32_t check_sizes(const mmm_linear_shape& s, mmm_status& status) {
 }
 
 int64_t weight_bytes(const mmm_linear_shape& s) {
-  const int64_t elements = int64_t{s.outputs} * s.inputs;
+  const int64_t elements = int64_t{s.outputs - s.kept} * s.inputs;
   if (s.weight_format == MMM_WEIGHT_INT8) return elements;
   return s.weight_format == MMM_WEIGHT_INT4 ? elements / 2 : elements * element_bytes(s.io_dtype);
 }
 
 int64_t scale_bytes(const mmm_linear_shape& s) {
-  if (s.weight_format == MMM_WEIGHT_INT8) return int64_t{s.outputs} * element_bytes(s.scale_dtype);
+  if (s.weight_format == MMM_WEIGHT_INT8) return int64_t{s.outputs - s.kept} * element_bytes(s.scale_dtype);
   if (s.weight_format != MMM_WEIGHT_INT4) return 0;
-  return int64_t{s.outputs} * (s.inputs / MMM_INT4_GROUP) * element_bytes(s.scale_dtype);
+  return int64_t{s.outputs - s.kept} * (s.inputs / MMM_INT4_GROUP) * element_bytes(s.scale_dtype);
 }
 
 }  // namespace
@@ -123,6 +128,7 @@ int32_t check_arguments(const mmm_linear_args& args, uint64_t workspace_bytes, m
       {"weight", args.weight, weight_bytes(s), 16},
       {"scales", args.scales, scale_bytes(s), 16},
       {"norm_weight", args.norm_weight, s.normalise ? s.inputs * io : 0, 16},
+      {"kept_weight", args.kept_weight, int64_t{s.kept} * s.inputs * io, 16},
       {"residual", args.residual, s.epilogue == MMM_EPILOGUE_RESIDUAL ? M * N * io : 0, 16},
   };
   const Region outputs[] = {
@@ -140,7 +146,7 @@ int32_t check_arguments(const mmm_linear_args& args, uint64_t workspace_bytes, m
     if (const int32_t code = check_region(region, status)) return code;
     for (const Region& input : inputs) {
       if (!overlap(region, input)) continue;
-      const bool same = &region == &outputs[0] && &input == &inputs[4] && region.bytes == input.bytes;
+      const bool same = &region == &outputs[0] && &input == &inputs[5] && region.bytes == input.bytes;
       if (same && region.data == input.data) continue;  // updates in place
       return overlap_refused(region, input, "separate memory", status);
     }

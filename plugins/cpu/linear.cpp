@@ -62,6 +62,8 @@ void load_floats(const void* data, int32_t dtype, int64_t offset, int64_t count,
 // Inputs [first, first + count) of row `row` of the weight, without the scale of INT8, which the sums take.
 void load_weights(const mmm_linear_args& args, int64_t row, int64_t first, int64_t count, float* __restrict out) {
   const mmm_linear_shape& s = args.shape;
+  const int64_t quantized = s.outputs - s.kept;
+  if (row >= quantized && s.kept > 0) return load_floats(args.kept_weight, s.io_dtype, (row - quantized) * s.inputs + first, count, out);
   const int64_t offset = row * s.inputs + first;
   switch (s.weight_format) {
     case MMM_WEIGHT_INT8: {
@@ -131,7 +133,7 @@ class Columns {
 
  private:
   float scaled(float sum, int64_t row) const {
-    return s_.weight_format == MMM_WEIGHT_INT8 ? sum * static_cast<const float*>(args_.scales)[row] : sum;
+    return s_.weight_format == MMM_WEIGHT_INT8 && row < s_.outputs - s_.kept ? sum * static_cast<const float*>(args_.scales)[row] : sum;
   }
 
   float norm_scale(int64_t token) {

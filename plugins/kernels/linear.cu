@@ -81,36 +81,35 @@ bool is_tiled(const mmm_linear_shape& shape, int variant, const Device& device) 
 // Walks the table of kernels, outer type first.
 struct Product {
   const mmm_linear_args& call;
+  const mmm_linear_args* kept;  // the call's rows that are no integers, as a product of their own; or NULL
   const Device& device;
   Spread spread;
+  int out_stride;           // of out and residual, in elements
   int first_token, tokens;  // of this launch
 
-  template <typename Element, int FORMAT, int WARPS, int R>
-  cudaError_t vector() const {
-    return tokens <= kFewTokens ? vector<Element, FORMAT, WARPS, R, true>() : vector<Element, FORMAT, WARPS, R, false>();
-  }
-
-  template <typename Element, int FORMAT, int WARPS, int R, bool FEW>
-  cudaError_t vector() const {
-    using V = Vector<Element, FORMAT, WARPS, R, FEW>;
-    const mmm_linear_shape& s = call.shape;
-    const auto kernel = linear_vector_kernel<Element, FORMAT, WARPS, R, FEW>;
+  template <typename Element>
+  VectorArgs vector_args(const mmm_linear_args& from, int tiles_a_turn) const {
+    const mmm_linear_shape& s = from.shape;
     const bool silu = s.epilogue == MMM_EPILOGUE_SILU;
-    const int64_t columns = silu ? s.outputs / 2 : s.outputs, out_bytes = element_bytes(s.out_dtype);
+    const int64_t columns = silu ? s.outputs / 2 : s.outputs, first_out = int64_t{first_token} * out_stride;
     VectorArgs a = {};
-    a.weight = static_cast<const char*>(call.weight), a.scales = call.scales;
-    a.x = static_cast<const Element*>(call.x) + first_token * call.x_stride, a.x_stride = call.x_stride;
-    a.norm_weight = s.normalise ? call.norm_weight : nullptr;
-    a.residual = s.epilogue == MMM_EPILOGUE_RESIDUAL ? static_cast<const Element*>(call.residual) + first_token * columns : nullptr;
-    a.out = static_cast<char*>(call.out) + first_token * columns * out_bytes;
+    a.weight = static_cast<const char*>(from.weight), a.scales = from.scales;
+    a.x = static_cast<const Element*>(from.x) + first_token * from.x_stride, a.x_stride = from.x_stride;
+    a.norm_weight = s.normalise ? from.norm_weight : nullptr;
+    a.residual = s.epilogue == MMM_EPILOGUE_RESIDUAL ? static_cast<const Element*>(from.residual) + first_out : nullptr;
+    a.out = static_cast<char*>(from.out) + first_out * element_bytes(s.out_dtype), a.out_stride = out_stride;
     a.rows = s.outputs, a.chunks = s.inputs / chunk_inputs(s), a.tokens = tokens;
-    const int rows_a_tile = silu ? kTileRows : R * kTileRows;
+    const int rows_a_tile = silu ? kTileRows : tiles_a_turn * kTileRows;
     a.tiles = static_cast<int>((columns + rows_a_tile - 1) / rows_a_tile);
     a.epilogue = s.epilogue, a.depth = spread.depth, a.eps = s.eps;
     a.scales_are_bfloat16 = s.scale_dtype == MMM_BFLOAT16, a.out_is_float32 = s.out_dtype == MMM_FLOAT32;
-    a.overlap = device.major >= 9 && call.overlap != 0;
+    a.overlap = device.major >= 9 && from.overlap != 0;
+    return a;
+  }
 
-    static std::atomic<uint64_t> prepared{0};  // a bit for each device
+  // `prepared` has a bit for each device that knows `kernel`.
+  template <typename Kernel, typename... Args>
+  cudaError_t launch(Kernel kernel, std::atomic<uint64_t>& prepared, int blocks, int threads, int shared_bytes, Args... args) const {
     const uint64_t bit = uint64_t{1} << (device.id % 64);
     if (!(prepared.load(std::memory_order_relaxed) & bit)) {
       cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, device.shared_memory_per_block);
@@ -124,12 +123,35 @@ struct Product {
     attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attribute.val.programmaticStreamSerializationAllowed = 1;
     cudaLaunchConfig_t config = {};
-    config.gridDim = dim3(std::min(a.tiles, spread.blocks * device.multiprocessors));
-    config.blockDim = dim3(V::kThreads);
-    config.dynamicSmemBytes = V::shared_bytes(tokens, a.chunks, spread.depth);
+    config.gridDim = dim3(blocks), config.blockDim = dim3(threads);
+    config.dynamicSmemBytes = shared_bytes;
     config.stream = static_cast<cudaStream_t>(call.stream);
-    if (a.overlap) config.attrs = &attribute, config.numAttrs = 1;
-    return cudaLaunchKernelEx(&config, kernel, a);
+    if (device.major >= 9 && call.overlap != 0) config.attrs = &attribute, config.numAttrs = 1;
+    return cudaLaunchKernelEx(&config, kernel, args...);
+  }
+
+  template <typename Element, int FORMAT, int WARPS, int R>
+  cudaError_t vector() const {
+    return tokens <= kFewTokens ? vector<Element, FORMAT, WARPS, R, true>() : vector<Element, FORMAT, WARPS, R, false>();
+  }
+
+  template <typename Element, int FORMAT, int WARPS, int R, bool FEW>
+  cudaError_t vector() const {
+    using V = Vector<Element, FORMAT, WARPS, R, FEW>;
+    const VectorArgs a = vector_args<Element>(call, R);
+    const int most = spread.blocks * device.multiprocessors, shared_bytes = V::shared_bytes(tokens, a.chunks, spread.depth);
+    if constexpr (FORMAT != MMM_WEIGHT_PLAIN) {
+      if (kept != nullptr) {
+        using Kept = Vector<Element, MMM_WEIGHT_PLAIN, WARPS, 1, FEW>;
+        const VectorArgs rows = vector_args<Element>(*kept, 1);
+        const int blocks = rows.tiles + std::min(a.tiles, std::max(1, most - rows.tiles));
+        static std::atomic<uint64_t> prepared{0};
+        return launch(linear_vector_kept_kernel<Element, FORMAT, WARPS, R, FEW>, prepared, blocks, V::kThreads,
+                      std::max(shared_bytes, Kept::shared_bytes(tokens, rows.chunks, spread.depth)), a, rows);
+      }
+    }
+    static std::atomic<uint64_t> prepared{0};
+    return launch(linear_vector_kernel<Element, FORMAT, WARPS, R, FEW>, prepared, std::min(a.tiles, most), V::kThreads, shared_bytes, a);
   }
 
   template <typename Element, int FORMAT>
@@ -148,7 +170,7 @@ struct Product {
     a.weight = static_cast<const char*>(call.weight), a.scales = call.scales;
     a.x = call.x, a.x_stride = call.x_stride;
     a.residual = s.epilogue == MMM_EPILOGUE_RESIDUAL ? call.residual : nullptr;
-    a.out = call.out, a.tokens = s.tokens, a.rows = s.outputs, a.inputs = s.inputs, a.epilogue = s.epilogue;
+    a.out = call.out, a.out_stride = out_stride, a.tokens = s.tokens, a.rows = s.outputs, a.inputs = s.inputs, a.epilogue = s.epilogue;
     a.scales_are_bfloat16 = s.scale_dtype == MMM_BFLOAT16, a.out_is_float32 = s.out_dtype == MMM_FLOAT32;
     if (s.normalise) {
       linear_norm_kernel<Element><<<s.tokens, 256, 0, stream>>>(
@@ -181,11 +203,17 @@ struct Product {
   }
 };
 
-cudaError_t enqueue(const mmm_linear_args& args, const Device& device) {
+// Enqueues the rows of one format, and with few tokens those of `kept` beside them, into `out_stride` elements a token.
+cudaError_t enqueue_rows(const mmm_linear_args& args, const mmm_linear_args* kept, int out_stride, const Device& device) {
   const mmm_linear_shape& shape = args.shape;
   const int most = std::min(kMostTokens, shape.tokens);
-  Product product = {args, device, fitted(shape, spread_of(args, most, device), most, device), 0, 0};
-  if (is_tiled(shape, args.variant, device)) return product.enqueue();
+  Product product = {args, kept, device, fitted(shape, spread_of(args, most, device), most, device), out_stride, 0, 0};
+  if (is_tiled(shape, args.variant, device)) {
+    if (kept != nullptr) {
+      if (const cudaError_t error = enqueue_rows(*kept, nullptr, out_stride, device)) return error;
+    }
+    return product.enqueue();
+  }
   const int fit = tokens_that_fit(shape, product.spread, device);
   for (int first = 0; first < shape.tokens; first += fit) {
     product.first_token = first, product.tokens = std::min(fit, shape.tokens - first);
@@ -194,9 +222,71 @@ cudaError_t enqueue(const mmm_linear_args& args, const Device& device) {
   return cudaSuccess;
 }
 
-uint64_t normalised_bytes(const mmm_linear_shape& shape) {
-  const uint64_t bytes = uint64_t{2} * static_cast<uint64_t>(shape.tokens) * static_cast<uint64_t>(shape.inputs);
-  return shape.normalise ? (bytes + 255) / 256 * 256 : 0;  // what follows is aligned too
+cudaError_t enqueue(const mmm_linear_args& args, const Device& device) {
+  const mmm_linear_shape& shape = args.shape;
+  const int out_stride = static_cast<int>(linear_columns(shape)), quantized = shape.outputs - shape.kept;
+  mmm_linear_args rest = args, kept = args;
+  rest.shape.outputs = quantized, rest.shape.kept = 0;
+  if (shape.kept == 0) return enqueue_rows(rest, nullptr, out_stride, device);
+  kept.shape.weight_format = MMM_WEIGHT_PLAIN, kept.shape.outputs = shape.kept, kept.shape.kept = 0;
+  kept.weight = args.kept_weight, kept.scales = nullptr, kept.variant = 0;
+  kept.out = static_cast<char*>(args.out) + int64_t{quantized} * element_bytes(shape.out_dtype);
+  if (args.residual != nullptr) kept.residual = static_cast<const char*>(args.residual) + int64_t{quantized} * element_bytes(shape.io_dtype);
+  return enqueue_rows(rest, &kept, out_stride, device);
+}
+
+// Of gate and up, whose products lie in the workspace until they are multiplied: so few that they are still in the L2.
+constexpr int kSiluTokens = 1024;
+
+int silu_tokens(const mmm_linear_shape& shape) { return std::min(shape.tokens, kSiluTokens); }
+
+// Bytes of (rows, columns) 16-bit elements, rounded up so that what follows is aligned too.
+uint64_t matrix_bytes(int rows, int columns) {
+  return (uint64_t{2} * static_cast<uint64_t>(rows) * static_cast<uint64_t>(columns) + 255) / 256 * 256;
+}
+
+// The parts of a workspace for a foreign product, one behind the other.
+struct ForeignWorkspace {
+  uint64_t normalised, products, widened;  // bytes: x; gate and up of some tokens; the weight
+
+  explicit ForeignWorkspace(const mmm_linear_shape& s)
+      : normalised(s.normalise ? matrix_bytes(s.tokens, s.inputs) : 0),
+        products(s.epilogue == MMM_EPILOGUE_SILU ? matrix_bytes(silu_tokens(s), s.outputs) : 0),
+        widened(s.weight_format != MMM_WEIGHT_PLAIN ? matrix_bytes(s.outputs, s.inputs) : 0) {}
+
+  uint64_t bytes() const { return normalised + products + widened; }
+};
+
+template <typename Element>
+cudaError_t enqueue_widened(const mmm_linear_args& args, void* widened) {
+  const mmm_linear_shape& s = args.shape;
+  const auto stream = static_cast<cudaStream_t>(args.stream);
+  const int64_t eighths = int64_t{s.outputs - s.kept} * s.inputs / 8;
+  const auto kernel = s.weight_format == MMM_WEIGHT_INT8 ? linear_widen_kernel<Element, MMM_WEIGHT_INT8>
+                                                         : linear_widen_kernel<Element, MMM_WEIGHT_INT4>;
+  kernel<<<static_cast<unsigned>((eighths + 255) / 256), 256, 0, stream>>>(
+      static_cast<const char*>(args.weight), args.scales, static_cast<uint4*>(widened), eighths, s.inputs,
+      s.scale_dtype == MMM_BFLOAT16);
+  if (s.kept == 0) return cudaGetLastError();
+  return cudaMemcpyAsync(static_cast<uint4*>(widened) + eighths, args.kept_weight,
+                         static_cast<size_t>(s.kept) * static_cast<size_t>(s.inputs) * sizeof(Element), cudaMemcpyDeviceToDevice, stream);
+}
+
+template <typename Element>
+cudaError_t enqueue_silu(const mmm_linear_args& args, const void* x, const void* weight, void* products, const ForeignProduct& product) {
+  const int columns = args.shape.outputs / 2, out_bytes = element_bytes(args.shape.out_dtype);
+  const auto stream = static_cast<cudaStream_t>(args.stream);
+  mmm_linear_shape part = args.shape;
+  for (int first = 0; first < args.shape.tokens; first += part.tokens) {
+    part.tokens = std::min(silu_tokens(args.shape), args.shape.tokens - first);
+    const Element* const from = static_cast<const Element*>(x) + int64_t{first} * args.shape.inputs;
+    if (!product.enqueue(part, from, weight, products, part.io_dtype, false)) return cudaErrorUnknown;
+    const int64_t eighths = int64_t{part.tokens} * columns / 8;
+    linear_silu_kernel<Element><<<static_cast<unsigned>((eighths + 255) / 256), 256, 0, stream>>>(
+        static_cast<const Element*>(products), static_cast<char*>(args.out) + int64_t{first} * columns * out_bytes, eighths, columns,
+        args.shape.out_dtype == MMM_FLOAT32);
+  }
+  return cudaGetLastError();
 }
 
 template <typename Element>
@@ -204,33 +294,32 @@ cudaError_t enqueue(const mmm_linear_args& args, const ForeignProduct& product) 
   const mmm_linear_shape& s = args.shape;
   const auto stream = static_cast<cudaStream_t>(args.stream);
   const bool is_silu = s.epilogue == MMM_EPILOGUE_SILU, adds = s.epilogue == MMM_EPILOGUE_RESIDUAL;
-  const void* x = args.x;
+  const ForeignWorkspace workspace(s);
+  char* const normalised = static_cast<char*>(args.workspace);
+  char* const products = normalised + workspace.normalised;
+  const void *x = args.x, *weight = args.weight;
+  if (s.weight_format != MMM_WEIGHT_PLAIN) {
+    weight = products + workspace.products;
+    if (const cudaError_t error = enqueue_widened<Element>(args, products + workspace.products)) return error;
+  }
   if (s.normalise) {
     linear_norm_kernel<Element><<<s.tokens, 256, 0, stream>>>(
         static_cast<const Element*>(args.x), args.x_stride, static_cast<const Element*>(args.norm_weight),
-        static_cast<Element*>(args.workspace), s.inputs, s.eps);
-    x = args.workspace;
+        reinterpret_cast<Element*>(normalised), s.inputs, s.eps);
+    x = normalised;
   }
   if (adds && args.out != args.residual) {
     const size_t bytes = static_cast<size_t>(s.tokens) * static_cast<size_t>(s.outputs) * sizeof(Element);
     if (const cudaError_t error = cudaMemcpyAsync(args.out, args.residual, bytes, cudaMemcpyDeviceToDevice, stream)) return error;
   }
-  void* const to = is_silu ? static_cast<char*>(args.workspace) + normalised_bytes(s) : args.out;
-  if (!product.enqueue(s, x, args.weight, to, is_silu ? s.io_dtype : s.out_dtype, adds)) return cudaErrorUnknown;
-  if (is_silu) {
-    const int64_t eighths = int64_t{s.tokens} * (s.outputs / 2) / 8;
-    linear_silu_kernel<Element><<<static_cast<unsigned>((eighths + 255) / 256), 256, 0, stream>>>(
-        static_cast<const Element*>(to), args.out, eighths, s.outputs / 2, s.out_dtype == MMM_FLOAT32);
-  }
+  if (is_silu) return enqueue_silu<Element>(args, x, weight, products, product);
+  if (!product.enqueue(s, x, weight, args.out, s.out_dtype, adds)) return cudaErrorUnknown;
   return cudaGetLastError();
 }
 
 }  // namespace
 
-uint64_t linear_workspace_cuda(const mmm_linear_shape& shape, const ForeignProduct&) {
-  const uint64_t products = uint64_t{2} * static_cast<uint64_t>(shape.tokens) * static_cast<uint64_t>(shape.outputs);
-  return normalised_bytes(shape) + (shape.epilogue == MMM_EPILOGUE_SILU ? products : 0);
-}
+uint64_t linear_workspace_cuda(const mmm_linear_shape& shape, const ForeignProduct&) { return ForeignWorkspace(shape).bytes(); }
 
 int32_t linear_cuda(const mmm_linear_args& args, const ForeignProduct& product, mmm_status& status) {
   Device device = {};

@@ -15,7 +15,7 @@ struct MatrixArgs {
   const void* scales;
   const void *x, *residual;
   void* out;
-  int64_t x_stride, tokens;
+  int64_t x_stride, tokens, out_stride;  // out_stride: of out and residual
   int rows, inputs, epilogue;
   bool scales_are_bfloat16, out_is_float32;
 };
@@ -139,7 +139,7 @@ __global__ void __launch_bounds__(kMatrixThreads) linear_matrix_kernel(const __g
         if (token >= a.tokens) continue;
         float value = scale * sum[i][j / 2][2 * h + j % 2];
         if (silu) value = __fdividef(value, 1.f + __expf(fminf(-value, 80.f))) * (up_scale * sum[1][j / 2][2 * h + j % 2]);
-        const int64_t index = token * columns + row;
+        const int64_t index = token * a.out_stride + row;
         if (a.residual != nullptr) value += to_float(static_cast<const Element*>(a.residual)[index]);
         if (a.out_is_float32)
           static_cast<float*>(a.out)[index] = value;
@@ -169,6 +169,32 @@ __global__ void __launch_bounds__(256) linear_norm_kernel(const Element* x, int6
   auto* to = reinterpret_cast<uint4*>(out + static_cast<int64_t>(blockIdx.x) * inputs);
   for (int i = tid; i < eighths; i += 256)
     to[i] = normalised<Element>(row[i], reinterpret_cast<const uint4*>(weight)[i], scale);
+}
+
+// Integer weights to `Element`, rounded, eight inputs a thread: what a product that knows no such weights reads.
+template <typename Element, int FORMAT>
+__global__ void __launch_bounds__(256) linear_widen_kernel(const char* weight, const void* scales, uint4* out, int64_t eighths,
+                                                           int inputs, bool scales_are_bfloat16) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * 256 + threadIdx.x;
+  if (i >= eighths) return;
+  const int64_t row = i / (inputs / 8);
+  float values[8], scale;
+  if constexpr (FORMAT == MMM_WEIGHT_INT8) {
+    scale = static_cast<const float*>(scales)[row];
+    const uint2 bytes = reinterpret_cast<const uint2*>(weight)[i];
+#pragma unroll
+    for (int j = 0; j < 8; j++) values[j] = static_cast<float>(static_cast<signed char>((j < 4 ? bytes.x : bytes.y) >> (j % 4 * 8)));
+  } else {
+    const int group = static_cast<int>(i % (inputs / 8)) * 8 / MMM_INT4_GROUP;
+    scale = scale_of(load_16_bits(scales, row * (inputs / MMM_INT4_GROUP) + group), scales_are_bfloat16);
+    const uint32_t nibbles = reinterpret_cast<const uint32_t*>(weight)[i];
+#pragma unroll
+    for (int j = 0; j < 8; j++) values[j] = static_cast<float>(static_cast<int>(nibbles >> (4 * j) & 15u) - 8);
+  }
+  uint32_t words[4];
+#pragma unroll
+  for (int j = 0; j < 4; j++) words[j] = ElementTraits<Element>::pack(values[2 * j] * scale, values[2 * j + 1] * scale);
+  out[i] = make_uint4(words[0], words[1], words[2], words[3]);
 }
 
 // out (M, N/2) = silu(gate) * up of products (M, N), each row [gate | up]; a thread makes eight columns. Both factors are rounded first,

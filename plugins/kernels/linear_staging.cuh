@@ -13,6 +13,7 @@ struct VectorArgs {
   void* out;
   int64_t x_stride;
   int rows, chunks, tokens, tiles;  // N, K / inputs of a chunk, M
+  int out_stride;                   // elements of out and residual from token to token
   int epilogue, depth;
   float eps;
   bool scales_are_bfloat16, out_is_float32, overlap;

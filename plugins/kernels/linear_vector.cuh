@@ -77,8 +77,9 @@ __device__ __forceinline__ uint32_t load_16_bits(const void* base, int64_t index
   return v;
 }
 
+// What block `block` of `blocks` computes.
 template <typename Element, int FORMAT, int WARPS, int R, bool FEW>
-__global__ void __launch_bounds__(32 * WARPS, WARPS == 8 ? 3 : 1) linear_vector_kernel(const __grid_constant__ VectorArgs a) {
+__device__ __forceinline__ void linear_vector(const VectorArgs& a, int block, int blocks) {
   using V = Vector<Element, FORMAT, WARPS, R, FEW>;
   extern __shared__ __align__(128) uint4 shared[];
   const int M = a.tokens;
@@ -103,7 +104,7 @@ __global__ void __launch_bounds__(32 * WARPS, WARPS == 8 ? 3 : 1) linear_vector_
   const int copied_row = lane / 8, copied_unit = lane % 8;
   const int64_t row_bytes = static_cast<int64_t>(a.chunks) * kChunkBytes;
   const uint32_t copy_to = shared_address(ring) + copied_row * kSpanBytes + (copied_unit ^ (copied_row & 1) * 4) * 16;
-  int next_tile = blockIdx.x, next_chunk = first_chunk, next_slot = 0;
+  int next_tile = block, next_chunk = first_chunk, next_slot = 0;
   const int end_chunk = first_chunk + 2 * spans_a_warp;
   const auto first_row = [&](int tile, int r) { return silu ? tile * kTileRows + r * half : (tile * R + r) * kTileRows; };
   const auto end_row = [&](int r) { return silu ? half + r * half : a.rows; };
@@ -136,7 +137,7 @@ __global__ void __launch_bounds__(32 * WARPS, WARPS == 8 ? 3 : 1) linear_vector_
         }
       }
       next_chunk += 2;
-      if (next_chunk == end_chunk) next_chunk = first_chunk, next_tile += gridDim.x;
+      if (next_chunk == end_chunk) next_chunk = first_chunk, next_tile += blocks;
     }
     commit_copies();
     next_slot = next_slot + 1 == a.depth ? 0 : next_slot + 1;
@@ -156,9 +157,9 @@ __global__ void __launch_bounds__(32 * WARPS, WARPS == 8 ? 3 : 1) linear_vector_
   const auto residual_of = [&](int tile, int turn) {
     int row, token;
     if (a.residual == nullptr || tile >= a.tiles || !place_of(tile, turn, row, token)) return 0.f;
-    return to_float(static_cast<const Element*>(a.residual)[static_cast<int64_t>(token) * columns + row]);
+    return to_float(static_cast<const Element*>(a.residual)[static_cast<int64_t>(token) * a.out_stride + row]);
   };
-  float residual = residual_of(blockIdx.x, 0);
+  float residual = residual_of(block, 0);
   if constexpr (FEW) {
     const bool one_batch = a.chunks * 4 * V::kPieces <= V::kThreads;
     if (M == 1 && one_batch) stage_rows<V, Element, 1, 1>(a, staged, partial, chunk_sums, first_norm);
@@ -269,18 +270,18 @@ __global__ void __launch_bounds__(32 * WARPS, WARPS == 8 ? 3 : 1) linear_vector_
       float value = total(silu ? 0 : in_tile / kTileRows);
       if (silu && R == 2) value = __fdividef(value, 1.f + __expf(fminf(-value, 80.f))) * total(R - 1);
       value += residual;
-      const int64_t index = static_cast<int64_t>(token) * columns + row;
+      const int64_t index = static_cast<int64_t>(token) * a.out_stride + row;
       if (a.out_is_float32)
         static_cast<float*>(a.out)[index] = value;
       else
         static_cast<Element*>(a.out)[index] = from_float<Element>(value);
     }
     turn++;
-    residual = residual_of(tile + gridDim.x, turn);
+    residual = residual_of(tile + blocks, turn);
   };
 
   int chunk = first_chunk, slot = 0;
-  for (int tile = blockIdx.x; tile < a.tiles;) {
+  for (int tile = block; tile < a.tiles;) {
     wait_for_oldest(a.depth);
     __syncwarp();
     if (chunk + 1 < a.chunks && R == 1) {
@@ -305,9 +306,24 @@ __global__ void __launch_bounds__(32 * WARPS, WARPS == 8 ? 3 : 1) linear_vector_
     slot = slot + 1 == a.depth ? 0 : slot + 1;
     if (last) {
       finish(tile);
-      chunk = first_chunk, tile += gridDim.x;
+      chunk = first_chunk, tile += blocks;
     }
   }
+}
+
+template <typename Element, int FORMAT, int WARPS, int R, bool FEW>
+__global__ void __launch_bounds__(32 * WARPS, WARPS == 8 ? 3 : 1) linear_vector_kernel(const __grid_constant__ VectorArgs a) {
+  linear_vector<Element, FORMAT, WARPS, R, FEW>(a, blockIdx.x, gridDim.x);
+}
+
+// The same, and in the first blocks, a tile each, the few rows that are kept in 16 bits.
+template <typename Element, int FORMAT, int WARPS, int R, bool FEW>
+__global__ void __launch_bounds__(32 * WARPS, WARPS == 8 ? 3 : 1)
+    linear_vector_kept_kernel(const __grid_constant__ VectorArgs a, const __grid_constant__ VectorArgs kept) {
+  if (static_cast<int>(blockIdx.x) < kept.tiles)
+    linear_vector<Element, MMM_WEIGHT_PLAIN, WARPS, 1, FEW>(kept, blockIdx.x, kept.tiles);
+  else
+    linear_vector<Element, FORMAT, WARPS, R, FEW>(a, blockIdx.x - kept.tiles, gridDim.x - kept.tiles);
 }
 
 }  // namespace mmm

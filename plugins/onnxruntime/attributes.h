@@ -38,6 +38,16 @@ class Attributes {
     return static_cast<int32_t>(value);
   }
 
+  // As `choice` of 0 and 1, but 0 where the node has no such attribute.
+  int32_t flag(const char* name) const {
+    int64_t value = 0;
+    if (OrtStatus* status = api_.KernelInfoGetAttribute_int64(info_, name, &value)) {
+      api_.ReleaseStatus(status);
+      return 0;
+    }
+    return choice(name, 1);
+  }
+
   float number(const char* name) const {
     float value = 0;
     found(api_.KernelInfoGetAttribute_float(info_, name, &value), name);

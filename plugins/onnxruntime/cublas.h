@@ -20,8 +20,8 @@ class Cublas : public ForeignProduct {
   void* handle_ = nullptr;
 };
 
-// Fewer tokens than this are left to our own kernels, which read a weight faster.
-constexpr int32_t kCublasTokens = 17;
+// Fewer tokens than this, of plain and of integer weights, are left to our own kernels, which read a weight faster.
+constexpr int32_t kCublasTokens = 17, kCublasWidenedTokens = 64;
 
 }  // namespace mmm::ort
 

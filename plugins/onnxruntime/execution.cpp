@@ -100,6 +100,16 @@ void run_on_cuda(const OrtApi& api, OrtKernelContext* context, const OrtValue* i
   check_status(api, call(&args, &status), status, name);
 }
 
+#if MMM_WITH_CUDA
+// Integer weights must be written out in 16 bits for it, which pays at more tokens, and not for a vocabulary.
+bool is_for_cublas(const mmm_linear_shape& shape) {
+  constexpr int64_t kMostWidened = int64_t{64} << 20;
+  if (shape.epilogue == MMM_EPILOGUE_SILU && linear_columns(shape) % 8 != 0) return false;
+  if (shape.weight_format == MMM_WEIGHT_PLAIN) return shape.tokens >= kCublasTokens;
+  return shape.tokens >= kCublasWidenedTokens && int64_t{shape.outputs} * shape.inputs <= kMostWidened;
+}
+#endif
+
 }  // namespace
 
 void check_status(const OrtApi& api, int32_t code, const mmm_status& status, const char* name) {
@@ -118,8 +128,7 @@ void run_linear(const OrtApi& api, OrtKernelContext* context, const OrtValue* in
 #if MMM_WITH_CUDA
   Cublas cublas;
   const mmm_linear_shape& shape = args.shape;
-  if (shape.device == MMM_CUDA && shape.weight_format == MMM_WEIGHT_PLAIN && shape.tokens >= kCublasTokens &&
-      (shape.epilogue != MMM_EPILOGUE_SILU || linear_columns(shape) % 8 == 0) && cublas.open(api, context)) {
+  if (shape.device == MMM_CUDA && is_for_cublas(shape) && cublas.open(api, context)) {
     const auto query = [&](const mmm_linear_shape* s, uint64_t* bytes, mmm_status* status) {
       uint64_t least = 0;
       const int32_t code = mmm_linear_workspace(s, &least, status);  // checks the shape

@@ -29,6 +29,7 @@ Kernel::Kernel(const OrtApi& api, const OrtKernelInfo* info, mmm_dtype io_dtype,
   shape_.conv_width = kAnyConvWidth;
   shape_.eps = attributes.number("eps");
   shape_.method = MMM_AUTO;
+  overlap_ = attributes.flag("overlap");
 
   const OrtValue* constants[kInputs] = {};
   for (size_t i = kConvWeight; i < kInputs; ++i) {
@@ -72,6 +73,7 @@ void Kernel::compute(OrtKernelContext* context) const {
     conv_width = dims[1];
   }
   mmm_scan_args args{};
+  args.overlap = overlap_;
   args.shape = shape_of_call(TensorInfo::of(api_, inputs[kProjected]).shape(), conv_width);
   for (size_t i = kLengths; i < kInputs; ++i) {
     if (!is_checked_[i]) check_shape(static_cast<Input>(i), inputs[i], args.shape);

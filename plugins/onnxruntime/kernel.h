@@ -28,6 +28,7 @@ class Kernel {
   mmm_scan_shape shape_{};         // batch, tokens and, unless it is known, conv_width are those of a call
   bool is_checked_[kInputs] = {};  // constants, whose shapes were checked once and for all
   bool conv_width_is_known_ = false;
+  int32_t overlap_ = 0;  // of mmm_scan_args
 };
 
 }  // namespace mmm::ort

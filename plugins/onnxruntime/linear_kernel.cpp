@@ -11,7 +11,7 @@ namespace mmm::ort {
 namespace {
 
 constexpr size_t kAbsent = SIZE_MAX;
-constexpr const char* kRoleNames[] = {"x", "weight", "scales", "norm_weight", "residual"};
+constexpr const char* kRoleNames[] = {"x", "weight", "scales", "norm_weight", "residual", "kept_weight"};
 
 int32_t dtype_of(ONNXTensorElementDataType type) {
   switch (type) {
@@ -54,7 +54,7 @@ LinearKernel::LinearKernel(const OrtApi& api, const OrtKernelInfo* info, mmm_dty
   shape_.eps = attributes.number("eps");
 
   const bool has[kRoles] = {true, true, shape_.weight_format != MMM_WEIGHT_PLAIN, shape_.normalise != 0,
-                            shape_.epilogue == MMM_EPILOGUE_RESIDUAL};
+                            shape_.epilogue == MMM_EPILOGUE_RESIDUAL, attributes.flag("keeps_rows") != 0};
   for (size_t i = 0; i < kRoles; ++i) position_[i] = has[i] ? inputs_++ : kAbsent;
   size_t given = 0;
   ort::check(api.KernelInfo_GetInputCount(info, &given));
@@ -64,7 +64,7 @@ LinearKernel::LinearKernel(const OrtApi& api, const OrtKernelInfo* info, mmm_dty
          kLinearName);
   }
   Operand constants[kRoles];
-  for (const Role role : {kWeight, kScales, kNormWeight}) {
+  for (const Role role : {kWeight, kScales, kNormWeight, kKept}) {
     if (position_[role] == kAbsent) continue;
     int is_constant = 0;
     const OrtValue* value = nullptr;
@@ -114,6 +114,7 @@ void LinearKernel::compute(OrtKernelContext* context) const {
   args.scales = operands[kScales].data;
   args.norm_weight = operands[kNormWeight].data;
   args.residual = operands[kResidual].data;
+  args.kept_weight = operands[kKept].data;
   args.overlap = weights_are_constant_;  // no kernel writes a constant
   run_linear(api_, context, operands[kWeight].value, args);
 }
@@ -136,15 +137,21 @@ void LinearKernel::check_weights(const Operand (&operands)[kRoles], mmm_linear_s
   const int64_t packed = call.weight_format == MMM_WEIGHT_INT4 ? 2 : 1;
   call.outputs = size_of(api_, "outputs", weight[0], kLinearName);
   call.inputs = size_of(api_, "inputs", weight[1] * packed, kLinearName);
+  if (operands[kKept].value != nullptr) {
+    const Shape& kept = operands[kKept].shape;
+    call.kept = kept.rank() == 2 ? size_of(api_, "rows kept", kept[0], kLinearName) : 0;
+    call.outputs = size_of(api_, "outputs", int64_t{call.outputs} + call.kept, kLinearName);
+    check(kKept, operands[kKept], {call.kept, call.inputs}, io_type());
+  }
   const bool integers = call.weight_format != MMM_WEIGHT_PLAIN;
   check(kWeight, operands[kWeight], weight, integers ? ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8 : io_type());
   if (integers) {
     const Operand& scales = operands[kScales];
     call.scale_dtype = dtype_of(scales.type);
     if (call.weight_format == MMM_WEIGHT_INT8)
-      check(kScales, scales, {call.outputs}, ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT);
+      check(kScales, scales, {weight[0]}, ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT);
     else
-      check(kScales, scales, {call.outputs, call.inputs / MMM_INT4_GROUP}, scales.type);
+      check(kScales, scales, {weight[0], call.inputs / MMM_INT4_GROUP}, scales.type);
   }
   if (operands[kNormWeight].value != nullptr) check(kNormWeight, operands[kNormWeight], {call.inputs}, io_type());
   mmm_status status{};

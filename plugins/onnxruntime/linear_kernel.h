@@ -19,7 +19,7 @@ class LinearKernel {
   void compute(OrtKernelContext* context) const;
 
  private:
-  enum Role { kX, kWeight, kScales, kNormWeight, kResidual, kRoles };
+  enum Role { kX, kWeight, kScales, kNormWeight, kResidual, kKept, kRoles };
 
   // An input as a call brings it.
   struct Operand {
@@ -36,7 +36,7 @@ class LinearKernel {
   ONNXTensorElementDataType io_type() const;
 
   const OrtApi& api_;
-  mmm_linear_shape shape_{};  // tokens, outputs, inputs and scale_dtype are those of a call
+  mmm_linear_shape shape_{};  // tokens, outputs, inputs, kept and scale_dtype are those of a call
   size_t position_[kRoles];   // of an input among those of the node; kAbsent if it has none
   size_t inputs_ = 0;
   bool weights_are_constant_ = true;

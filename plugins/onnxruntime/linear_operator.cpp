@@ -45,6 +45,15 @@ LinearOperator::LinearOperator(const OrtApi& api, mmm_dtype io_dtype, mmm_device
   GetOutputType = [](const OrtCustomOp*, size_t) { return ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED; };
   GetOutputCharacteristic = [](const OrtCustomOp*, size_t) { return INPUT_OUTPUT_REQUIRED; };
 
+  // The sums may be added where the residual lies. It comes last, as input 2 to 4, but for kept rows; what else those can be is a constant, which ONNX
+  // Runtime never writes.
+  GetMayInplace = [](int** inputs, int** outputs) -> size_t {
+    static int from[] = {2, 3, 4}, to[] = {0, 0, 0};
+    *inputs = from, *outputs = to;
+    return 3;
+  };
+  ReleaseMayInplace = [](int*, int*) {};
+
   InferOutputShapeFn = [](const OrtCustomOp* op, OrtShapeInferContext* context) -> OrtStatusPtr {
     return guarded(of(op).api_, [&] { of(op).infer_shapes(context); });
   };
@@ -76,17 +85,36 @@ void LinearOperator::infer_shapes(OrtShapeInferContext* context) const {
   const TensorInfo out(api_, made);
   check(api_.SetTensorElementType(out.get(), type));
   if (rank < 1 || rank > Shape::kMostDims || weight_rank != 2) return;  // the kernel will say what is wrong
+  const int64_t kept = kept_rows(context);
   int64_t dims[Shape::kMostDims] = {}, rows[2] = {};
   const char* names[Shape::kMostDims] = {};
   check(api_.GetDimensions(x, dims, rank));
   check(api_.GetSymbolicDimensions(x, names, rank));
   check(api_.GetDimensions(weight, rows, 2));
   const bool silu = attribute(context, "epilogue") == MMM_EPILOGUE_SILU;
-  dims[rank - 1] = rows[0] < 0 ? -1 : silu ? rows[0] / 2 : rows[0];
+  dims[rank - 1] = rows[0] < 0 || kept < 0 ? -1 : silu ? rows[0] / 2 : rows[0] + kept;
   names[rank - 1] = "";
   check(api_.SetDimensions(out.get(), dims, rank));
   check(api_.SetSymbolicDimensions(out.get(), names, rank));
   check(api_.ShapeInferContext_SetOutputTypeShape(context, 0, out.get()));
+}
+
+// The rows of the last input, if the node says that it has kept ones; -1 where they are not known.
+int64_t LinearOperator::kept_rows(OrtShapeInferContext* context) const {
+  const OrtOpAttr* found = nullptr;
+  if (OrtStatus* status = api_.ShapeInferContext_GetAttribute(context, "keeps_rows", &found)) {
+    api_.ReleaseStatus(status);
+    return 0;
+  }
+  if (found == nullptr || attribute(context, "keeps_rows") == 0) return 0;
+  size_t inputs = 0, rank = 0;
+  check(api_.ShapeInferContext_GetInputCount(context, &inputs));
+  OrtTensorTypeAndShapeInfo* kept = nullptr;
+  check(api_.ShapeInferContext_GetInputTypeShape(context, inputs - 1, &kept));
+  check(api_.GetDimensionsCount(kept, &rank));
+  int64_t dims[2] = {-1, -1};
+  if (rank == 2) check(api_.GetDimensions(kept, dims, 2));
+  return dims[0];
 }
 
 int64_t LinearOperator::attribute(OrtShapeInferContext* context, const char* name) const {

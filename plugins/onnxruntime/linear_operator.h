@@ -15,6 +15,7 @@ class LinearOperator : public OrtCustomOp {
  private:
   static const LinearOperator& of(const OrtCustomOp* base) { return *static_cast<const LinearOperator*>(base); }
   void infer_shapes(OrtShapeInferContext* context) const;
+  int64_t kept_rows(OrtShapeInferContext* context) const;
   int64_t attribute(OrtShapeInferContext* context, const char* name) const;
 
   const OrtApi& api_;

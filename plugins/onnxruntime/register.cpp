@@ -25,7 +25,7 @@ struct Registration {
   OrtCustomOpDomain* domain = nullptr;
 };
 
-const Registration& registration_of(const OrtApi& api) {
+const Registration& registration_of(const OrtApi& api, const OrtApiBase& base) {
   static std::mutex mutex;
   // Never freed: sessions use it, and who ends first at exit, this library or ONNX Runtime, is not known.
   static auto* const all = new std::map<const OrtApi*, Registration>;
@@ -34,16 +34,21 @@ const Registration& registration_of(const OrtApi& api) {
   if (found.domain != nullptr) return found;
   OrtCustomOpDomain* domain = nullptr;
   check(api.CreateCustomOpDomain(kDomain, &domain));
+  const uint32_t linear_version = base.GetApi(kInPlaceApiVersion) != nullptr ? kInPlaceApiVersion : kApiVersion;
   const auto add = [&](auto& operators, mmm_dtype type, mmm_device device) {
     operators.emplace_back(api, type, device);
     check(api.CustomOpDomain_Add(domain, &operators.back()));
   };
+  const auto add_linear = [&](mmm_dtype type, mmm_device device) {
+    add(found.linear_operators, type, device);
+    found.linear_operators.back().version = linear_version;
+  };
   for (const mmm_dtype type : kIoTypes) {
     add(found.operators, type, MMM_CPU);
-    add(found.linear_operators, type, MMM_CPU);
+    add_linear(type, MMM_CPU);
 #if MMM_WITH_CUDA
     add(found.operators, type, MMM_CUDA);
-    if (type != MMM_FLOAT32) add(found.linear_operators, type, MMM_CUDA);  // the one without a kernel
+    if (type != MMM_FLOAT32) add_linear(type, MMM_CUDA);  // the one without a kernel
 #endif
   }
   found.domain = domain;
@@ -68,5 +73,5 @@ RegisterCustomOps(OrtSessionOptions* options, const OrtApiBase* base) {
   using namespace mmm::ort;
   const OrtApi* api = base->GetApi(kApiVersion);
   if (api == nullptr) return too_old(*base);
-  return guarded(*api, [&] { check(api->AddCustomOpDomain(options, registration_of(*api).domain)); });
+  return guarded(*api, [&] { check(api->AddCustomOpDomain(options, registration_of(*api, *base).domain)); });
 }

@@ -17,6 +17,9 @@ namespace mmm::ort {
 // Asking for it, and not for the one of the header at hand, makes one binary serve every release since.
 constexpr uint32_t kApiVersion = 17;
 
+// The first that lets an operator write its output over an input; an older one is not told that it may.
+constexpr uint32_t kInPlaceApiVersion = 18;
+
 // A status on its way to ONNX Runtime, which will release it.
 struct Failure {
   OrtStatus* status;

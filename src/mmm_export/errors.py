@@ -49,6 +49,10 @@ class CalibrationError(MmmError):
     """Prompts to calibrate on, or a calibration, cannot be used: broken, of another bundle, or not finite."""
 
 
+class PromptFileError(MmmError):
+    """A file of prompts cannot be read, or a line of it is no prompt."""
+
+
 class EngineError(MmmError):
     """An engine cannot be planned or built, or its folder is damaged or fits another device, version or bundle."""
 
@@ -67,6 +71,10 @@ class StateFileError(MmmError):
 
 class ImageError(MmmError):
     """A file is no usable image."""
+
+
+class BatchFullError(MmmError):
+    """Every row of a batch is in use."""
 
 
 class PromptError(MmmError):

@@ -25,8 +25,8 @@ DTYPES: tuple[Dtype, ...] = ("fp32", "fp16", "bf16")
 
 QuantizedFormat = Literal["int8", "int8-weights", "int4", "fp8"]
 QUANTIZED_FORMATS: tuple[QuantizedFormat, ...] = ("int8", "int8-weights", "int4", "fp8")
-Consumer = Literal["tensorrt", "tensorrt-rtx", "onnxruntime", "reference"]
-CONSUMERS: tuple[Consumer, ...] = ("tensorrt", "tensorrt-rtx", "onnxruntime", "reference")
+Consumer = Literal["tensorrt", "tensorrt-rtx", "onnxruntime", "onnxruntime-cuda", "reference"]
+CONSUMERS: tuple[Consumer, ...] = ("tensorrt", "tensorrt-rtx", "onnxruntime", "onnxruntime-cuda", "reference")
 # All that a bundle may set in ONNX Runtime: a bundle is data, so anything else in a manifest is refused.
 SESSION_SETTINGS = ("session.disable_quant_qdq", "session.x64quantprecision", "session.qdq_matmulnbits_accuracy_level")
 

@@ -22,7 +22,7 @@ from mmm_export import __version__
 Kind = Literal["kernels", "onnxruntime", "tensorrt"]
 KINDS: tuple[Kind, ...] = ("kernels", "onnxruntime", "tensorrt")
 
-KERNEL_ABI = 2  # MMM_ABI_VERSION of plugins/include/mmm/kernels.h: what this program speaks
+KERNEL_ABI = 3  # MMM_ABI_VERSION of plugins/include/mmm/kernels.h: what this program speaks
 BUILD_FILE = "build.json"
 CACHE_VARIABLE = "MMM_EXPORT_CACHE"
 

@@ -52,10 +52,33 @@ def test_a_bundle_is_timed_and_everything_is_written(
     assert (tmp_path / "bench.svg").read_text().startswith("<?xml")
 
 
+def test_batches_are_timed_beside_one_another(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["bench", str(bundle), "--lengths", "16", "--batch", "1,3", "--new-tokens", "4", "--kernels", "none"]
+    files = ["--json", str(tmp_path / "bench.json"), "--plot", str(tmp_path / "bench.svg")]
+    assert run(cli, [*command, "--threads", "1", "--bandwidth", "10", *files]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    cells = [[cell.strip() for cell in line.split("|")[4:8]] for line in lines[:6] if "---" not in line]
+    assert [row[:2] for row in cells] == [
+        ["test", "batch"],
+        ["pp16", "1"],
+        ["tg4 @ 16", "1"],
+        ["pp16", "3"],
+        ["tg4 @ 16", "3"],
+    ]
+    assert cells[0][2:] == ["t/s each", "t/s"]
+    each, together = (float(cell.replace(",", "")) for cell in cells[4][2:])
+    assert together == pytest.approx(3 * each, abs=0.2)  # both are rounded to a tenth
+    assert any("prompts (pp) are read one by one" in line for line in lines)
+    data = json.loads((tmp_path / "bench.json").read_text())
+    assert [row["batch"] for row in data["rows"]] == [1, 1, 3, 3]
+    assert "decode step, 3 rows" in (tmp_path / "bench.svg").read_text()
+
+
 @pytest.mark.parametrize(
     ("more", "said"),
     [
         (["--lengths", "1Q"], "a prompt length cannot be read"),
+        (["--batch", "1,0"], "a batch size cannot be read"),
         (["--lengths", "1K"], "does not fit into the KV cache"),
         (["--plot", "figure.txt"], "the figure has no known format"),
     ],

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from toy import toy_session
+from toy import toy_batch, toy_session
 
-from mmm_export.bench.measurement import BenchOptions, lengths_from_text, measure
+from mmm_export.bench.measurement import BenchOptions, batches_from_text, lengths_from_text, measure
 from mmm_export.bench.roofline import step_bytes
 from mmm_export.errors import MmmError, OptionError
 from mmm_export.manifest import FileInfo
@@ -88,6 +88,39 @@ def test_every_run_reads_the_whole_prompt_from_an_empty_context() -> None:
     assert backend.calls == [16, 1, 1, 1, *(16, 16, 8) * 2, 1, 1, 1]
 
 
+def test_a_batch_reads_prompts_one_by_one_and_decodes_all_rows_in_one_step() -> None:
+    session, backend = toy_batch(rows=3, chunk_tokens=16)
+    clock = Clock()
+
+    def pass_time(seconds: float) -> None:
+        clock.now += seconds
+
+    for toy in backend.toys:
+        toy.after_call = lambda call, toy=toy: pass_time(toy.calls[call] / 1000)
+    # A step of all rows takes as long as one of a row.
+    backend.after_step = lambda logits: pass_time(0.001 - 0.001 * len(logits))
+    rows = measure(
+        session,
+        BenchOptions(lengths=(40,), new_tokens=5, repeats=2),
+        memory=Memory(),
+        energy=Energy(clock),
+        bandwidth=1e9,
+        clock=clock,
+    )
+    prefill, decode = rows
+    assert (prefill.batch, prefill.runs, decode.batch, decode.runs) == (3, 3, 3, 5)
+    assert prefill.median_ms == pytest.approx(40)
+    assert prefill.tokens_per_s == prefill.tokens_per_s_each == pytest.approx(1000)
+    assert decode.median_ms == pytest.approx(1)
+    assert (decode.tokens_per_s, decode.tokens_per_s_each) == (pytest.approx(3000), pytest.approx(1000))
+    assert decode.joules_per_token == pytest.approx(0.005 / 3)
+    one, three = (step_bytes(session.manifest, 40, batch) for batch in (1, 3))
+    assert three == 3 * one  # a toy has no weights
+    assert decode.roofline == pytest.approx(three / 1e9 / 1e-3)
+    assert [toy.calls for toy in backend.toys] == [[16, 1, 1, 1, 16, 16, 8, 1, 1, 1, 1, 1]] * 3
+    assert session.free_rows == 3
+
+
 def test_long_prompts_run_once_when_the_budget_is_spent() -> None:
     session, _, clock = timed()
     options = BenchOptions(lengths=(40, 8), new_tokens=1, repeats=9, budget_s=0.05)
@@ -150,6 +183,23 @@ def test_any_text_gives_positive_lengths_or_an_option_error(text: str) -> None:
         return
     assert lengths
     assert all(0 < length <= 1_000_000_000 for length in lengths)
+
+
+@given(st.text("0123456789, -x٣", max_size=12))
+def test_any_text_gives_positive_batch_sizes_or_an_option_error(text: str) -> None:
+    try:
+        batches = batches_from_text(text)
+    except MmmError:
+        return
+    assert batches
+    assert all(1 <= batch <= 1024 for batch in batches)
+
+
+def test_batch_sizes_are_read_in_their_order() -> None:
+    assert batches_from_text("8, 1") == (8, 1)
+    for text in ("", "0", "1,,2", "2000"):
+        with pytest.raises(OptionError, match="batch size"):
+            batches_from_text(text)
 
 
 @pytest.mark.parametrize("values", [{"lengths": ()}, {"lengths": (0,)}, {"new_tokens": 0}, {"repeats": 0}])

@@ -10,7 +10,7 @@ import onnx
 from bundles.linear_operands import EPS, TYPES, Operands
 from bundles.scan_node import ONNX_TYPES, ort_value
 
-INPUTS = ("x", "weight", "scales", "norm_weight", "residual")
+INPUTS = ("x", "weight", "scales", "norm_weight", "residual", "kept_weight")
 _ONNX = {
     np.dtype(np.int8): onnx.TensorProto.INT8,
     **{TYPES[name]: kind for name, kind in ONNX_TYPES.items()},
@@ -26,6 +26,7 @@ def feeds_of(operands: Operands) -> dict[str, Any]:
         "scales": weight.scales,
         "norm_weight": operands.norm_weight,
         "residual": operands.residual,
+        "kept_weight": weight.kept,
     }
     return {name: array for name, array in arrays.items() if array is not None}
 
@@ -36,6 +37,7 @@ def attributes_of(operands: Operands, *, float32_output: bool = False) -> dict[s
         "normalise": int(operands.norm_weight is not None),
         "epilogue": 2 if operands.silu else int(operands.residual is not None),
         "float32_output": int(float32_output),
+        **({} if operands.weight.kept is None else {"keeps_rows": 1}),
     }
 
 
@@ -44,7 +46,7 @@ def linear_model(
 ) -> bytes:
     """Serialize a model of one node; with `constant` the weights are initializers. `attributes` replace those of the operands."""
     feeds = feeds_of(operands)
-    weights = {name: feeds[name] for name in ("weight", "scales", "norm_weight") if name in feeds}
+    weights = {name: feeds[name] for name in ("weight", "scales", "norm_weight", "kept_weight") if name in feeds}
     given = {**attributes_of(operands, float32_output=float32_output), "eps": EPS, "plugin_version": "1", **attributes}
     node = onnx.helper.make_node("MmmLinear", list(feeds), ["out"], domain="mmm", **given)
     kind = ONNX_TYPES["fp32"] if float32_output else _ONNX[operands.x.dtype]
@@ -72,7 +74,7 @@ def run_linear(session: Any, operands: Operands, *, float32_output: bool = False
     for name, value in feeds_of(operands).items():
         if name in taken:
             binding.bind_ortvalue_input(name, ort_value(value))
-    columns = operands.weight.weight.shape[0] // (2 if operands.silu else 1)
+    columns = len(operands.wide) // (2 if operands.silu else 1)
     out = np.empty((operands.x.shape[0], columns), np.float32 if float32_output else operands.x.dtype)
     out.view(np.uint8)[...] = 0xFF
     binding.bind_ortvalue_output("out", ort_value(out))

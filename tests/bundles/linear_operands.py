@@ -79,14 +79,17 @@ def draw(
     *,
     scale_dtype: str = "fp16",
     norm: bool = True,
+    kept: int = 0,
     seed: int = 0,
 ) -> Operands:
-    """Draw operands with a residual, with a norm unless told otherwise, and without SiLU."""
+    """Draw operands with a residual, with a norm unless told otherwise, and without SiLU; the last `kept` rows are not quantized."""
     random = np.random.default_rng(seed)
-    weight, wide = quantized(
-        random.standard_normal((outputs, inputs)) / np.sqrt(inputs), weight_format, dtype, scale_dtype
-    )
     to = TYPES[dtype]
+    rows = random.standard_normal((outputs, inputs)) / np.sqrt(inputs)
+    weight, wide = quantized(rows[: outputs - kept], weight_format, dtype, scale_dtype)
+    if kept:
+        weight = weight._replace(kept=rows[outputs - kept :].astype(to))
+        wide = np.concatenate([wide, weight.kept.astype(np.float64)])
     return Operands(
         x=(random.standard_normal((tokens, inputs)) + 0.25).astype(to),
         weight=weight,

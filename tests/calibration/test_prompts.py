@@ -9,8 +9,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mmm_export.calibration.prompts import Prompt, read_prompts
-from mmm_export.errors import CalibrationError
+from mmm_export.errors import PromptFileError
+from mmm_export.prompt_file import Prompt, read_prompts
 
 
 def written(folder: Path, *lines: object) -> Path:
@@ -66,16 +66,16 @@ def test_no_more_lines_are_read_than_asked_for(tmp_path: Path) -> None:
     ],
 )
 def test_a_broken_line_is_refused_by_its_number(tmp_path: Path, line: object) -> None:
-    with pytest.raises(CalibrationError, match=r"line 2 of .* is broken") as caught:
+    with pytest.raises(PromptFileError, match=r"line 2 of .* is broken") as caught:
         read_prompts(written(tmp_path, {"prompt": "fine"}, line), 10)
     assert caught.value.found
     assert caught.value.wanted
 
 
 def test_a_file_without_prompts_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(CalibrationError, match="has no prompts"):
+    with pytest.raises(PromptFileError, match="has no prompts"):
         read_prompts(written(tmp_path, "", "  "), 10)
-    with pytest.raises(CalibrationError, match="cannot be read"):
+    with pytest.raises(PromptFileError, match="cannot be read"):
         read_prompts(tmp_path / "nothing.jsonl", 10)
 
 
@@ -98,6 +98,6 @@ def test_whatever_a_file_holds_it_gives_prompts_or_one_clear_error(tmp_path: Pat
     path.write_bytes(content)
     try:
         prompts = read_prompts(path, 10)
-    except CalibrationError:
+    except PromptFileError:
         return
     assert all(prompt.question.strip() for prompt in prompts)

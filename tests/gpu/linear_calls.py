@@ -39,6 +39,7 @@ class Product:
         silu: bool = False,
         variant: int = 0,
         overlap: bool = False,
+        kept: torch.Tensor | None = None,
     ) -> None:
         kind = _FORMAT[format_of(weight, scales)]
         shape = LinearShape(
@@ -51,20 +52,22 @@ class Product:
             epilogue=Epilogue.SILU if silu else Epilogue.NONE if residual is None else Epilogue.RESIDUAL,
             normalise=int(norm_weight is not None),
             tokens=x.shape[0],
-            outputs=weight.shape[0],
+            outputs=weight.shape[0] + (0 if kept is None else len(kept)),
             inputs=x.shape[1],
             eps=EPS,
+            kept=0 if kept is None else len(kept),
         )
         self.kernels = kernels
         workspace_bytes = kernels.linear_workspace_bytes(shape)
         workspace = torch.empty(workspace_bytes, dtype=torch.uint8, device=x.device)
-        self.kept = (x, weight, scales, out, norm_weight, residual, workspace)
+        self.held = (x, weight, scales, out, norm_weight, residual, workspace, kept)
         pointers = {
             "x": x,
             "weight": weight,
             "scales": scales,
             "norm_weight": norm_weight,
             "residual": residual,
+            "kept_weight": kept,
             "out": out,
         }
         self.arguments = LinearArguments(

@@ -65,6 +65,25 @@ def check(
 
 
 @pytest.mark.parametrize("dtype", [FP16, BF16], ids=["fp16", "bf16"])
+@pytest.mark.parametrize("weight_format", ["int8", "int4"])
+@pytest.mark.parametrize("tokens", [1, 2, 8, 9, 33])
+def test_kept_rows_follow_the_others(
+    kernels: KernelLibrary, tokens: int, weight_format: str, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(tokens)
+    x = (torch.randn(tokens, 1024, device=DEVICE) + 0.25).to(dtype)
+    norm = (torch.rand(1024, device=DEVICE) + 0.5).to(dtype)
+    weight, scales, wide = quantize(torch.randn(1030, 1024, device=DEVICE) / 32, weight_format, dtype)
+    kept = (torch.randn(16, 1024, device=DEVICE) / 32).to(dtype)
+    for overlap in (False, True):
+        out = torch.full((tokens, 1046), float("nan"), device=DEVICE, dtype=dtype)
+        Product(kernels, x, weight, scales, out, norm_weight=norm, kept=kept, overlap=overlap)()
+        right = oracle(x, torch.cat([wide, kept.double()]), norm)
+        assert relative_l2(out, right) <= BOUND[dtype]
+        assert relative_l2(out[:, 1030:], right[:, 1030:]) <= BOUND[dtype]
+
+
+@pytest.mark.parametrize("dtype", [FP16, BF16], ids=["fp16", "bf16"])
 @pytest.mark.parametrize("weight_format", FORMATS)
 @pytest.mark.parametrize("tokens", [1, 2, 3, 4, 5, 6, 7, 8, 9, 16, 17, 70, 200])
 def test_any_number_of_tokens_agrees_with_float64(

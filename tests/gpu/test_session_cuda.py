@@ -79,6 +79,51 @@ def test_logits_are_those_of_the_cpu(
             assert max(map(error, found, wanted)) <= BOUND[dtype]
 
 
+@pytest.mark.skipif(
+    LIBRARY is None, reason="fused products need our kernels: name the library in MMM_ONNXRUNTIME_LIBRARY"
+)
+@pytest.mark.parametrize("chunk_tokens", [9, 64, 300], ids=lambda count: f"chunks of {count}")
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+def test_logits_of_a_fused_bundle_are_those_of_the_cpu(
+    checkpoint: Path, make_bundle: Callable[..., Path], reference: Session, dtype: str, chunk_tokens: int
+) -> None:
+    # 9 tokens go through our own products, the others through cuBLAS, whose sums are in the same type.
+    bundle = make_bundle(checkpoint, dtype=dtype, max_tokens=CAPACITY, fuse=True)
+    wanted = read(reference)
+    with Session.open(bundle, providers=["cuda"], kernels=LIBRARY or "", chunk_tokens=chunk_tokens) as session:
+        for _ in range(2):
+            assert max(map(error, read(session), wanted)) <= BOUND[dtype]
+
+
+@pytest.mark.skipif(
+    LIBRARY is None, reason="fused products need our kernels: name the library in MMM_ONNXRUNTIME_LIBRARY"
+)
+@pytest.mark.parametrize("chunk_tokens", [9, 300], ids=lambda count: f"chunks of {count}")
+@pytest.mark.parametrize("form", ["int8-weights", "int4"])
+def test_logits_of_a_quantized_bundle_are_those_of_the_cpu(
+    make_checkpoint: Callable[..., Path],
+    make_bundle: Callable[..., Path],
+    tmp_path: Path,
+    tmp_path_factory: Any,
+    form: Any,
+    chunk_tokens: int,
+) -> None:
+    from calibration_data.bundles import calibrated
+
+    from mmm_export.calibration.plan import QuantizeOptions
+    from mmm_export.calibration.quantize import quantize_bundle
+    from mmm_export.model.testing import tiny_spec
+
+    bundle = make_bundle(make_checkpoint(tiny_spec(heads=4, head_dim=32)), dtype="fp16", max_tokens=CAPACITY)
+    options = QuantizeOptions(form, consumer="onnxruntime-cuda", head="int8")
+    quantize_bundle(bundle, calibrated(bundle, tmp_path_factory), tmp_path / "q", options)
+    with (
+        Session.open(tmp_path / "q", kernels=LIBRARY or "", chunk_tokens=64) as cpu,
+        Session.open(tmp_path / "q", providers=["cuda"], kernels=LIBRARY or "", chunk_tokens=chunk_tokens) as gpu,
+    ):
+        assert max(map(error, read(gpu), read(cpu))) <= BOUND["fp16"]
+
+
 @KERNELS
 def test_captured_steps_equal_launched_ones(
     make_checkpoint: Callable[..., Path], make_bundle: Callable[..., Path], kernels: str

@@ -141,7 +141,7 @@ def patched(library: Path, target: Path, old: bytes, new: bytes) -> Path:
 
 
 def test_a_library_of_another_interface_version_or_machine_is_told(library: Path, tmp_path: Path) -> None:
-    newer = patched(library, tmp_path / "newer.so", b'"abi": 2, "cuda"', b'"abi": 7, "cuda"')
+    newer = patched(library, tmp_path / "newer.so", b'"abi": 3, "cuda"', b'"abi": 7, "cuda"')
     assert f"error: its interface is 7, and this program speaks {ABI_VERSION}" in findings(newer)
     note = f'"version": "{__version__}", "abi"'.encode()
     old = patched(library, tmp_path / "old.so", note, note.replace(__version__.encode(), b"9" * len(__version__)))

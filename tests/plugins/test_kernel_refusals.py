@@ -80,8 +80,8 @@ def placing(name: str, at: str, offset: int = 0) -> Change:
 
 
 SHAPES: dict[str, tuple[Change, Code, str]] = {
-    "an older interface": (setting(abi_version=1), INVALID, "abi_version is 1; this library was built with 2"),
-    "a newer interface": (setting(abi_version=3), INVALID, "abi_version is 3; this library was built with 2"),
+    "an older interface": (setting(abi_version=1), INVALID, "abi_version is 1; this library was built with 3"),
+    "a newer interface": (setting(abi_version=4), INVALID, "abi_version is 4; this library was built with 3"),
     "an unknown device": (setting(device=7), INVALID, "device is 7; wanted 0 (CPU) or 1 (CUDA)"),
     "CUDA without CUDA": (setting(device=1), UNSUPPORTED, "built without CUDA; rebuild it"),
     "float64 on CUDA": (setting(device=1, io_dtype=3), UNSUPPORTED, "io_dtype is float64, which runs on the CPU only"),

@@ -86,6 +86,13 @@ REFUSED: dict[str, tuple[dict[str, Any], Code, str]] = {
     "no outputs": ({"outputs": 0}, INVALID, "outputs is 0; wanted 1 or more"),
     "no inputs": ({"inputs": 0}, INVALID, "inputs is 0; wanted 1 or more"),
     "an odd [gate | up]": ({"epilogue": Epilogue.SILU, "outputs": 7}, INVALID, "outputs is 7; wanted an even number"),
+    "kept rows of a plain weight": ({"kept": 1}, INVALID, "1 rows are kept; wanted 0: the weight is plain"),
+    "nothing but kept rows": (
+        {"weight_format": WeightFormat.INT8, "kept": OUTPUTS},
+        INVALID,
+        "rows are kept; wanted 0 or more, and fewer than there are outputs",
+    ),
+    "less than no kept rows": ({"weight_format": WeightFormat.INT8, "kept": -1}, INVALID, "-1 rows are kept"),
     "a broken INT4 group": (
         {"weight_format": WeightFormat.INT4, "scale_dtype": 1, "inputs": 192},
         UNSUPPORTED,

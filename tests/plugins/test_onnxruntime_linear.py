@@ -33,6 +33,21 @@ def test_outputs_are_those_of_float64(library: Path, dtype: str, weight_format: 
     assert relative_l2(found, operands.oracle()) <= BOUND[dtype]
 
 
+@pytest.mark.parametrize("constant", [True, False], ids=["constant", "fed"])
+@pytest.mark.parametrize("epilogue", ["none", "residual"])
+@pytest.mark.parametrize("weight_format", ["int8", "int4"])
+def test_rows_that_are_kept_follow_the_others(library: Path, weight_format: str, epilogue: str, constant: bool) -> None:
+    operands = draw(3, 74, 384, weight_format, "fp16", kept=10).only(epilogue)
+    session = node_session(linear_model(operands, constant=constant), library)
+    assert session.get_outputs()[0].shape == ["M", 74]
+    assert relative_l2(run_linear(session, operands), operands.oracle()) <= BOUND["fp16"]
+
+
+def test_kept_rows_that_are_not_there_are_told(library: Path) -> None:
+    with pytest.raises(Exception, match="the node has 3 inputs; its attributes call for 4"):
+        node_session(linear_model(draw(2, 40, 256, "int8", norm=False).only("none"), keeps_rows=1), library)
+
+
 @pytest.mark.parametrize("tokens", [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 33])
 @pytest.mark.parametrize("weight_format", FORMATS)
 def test_any_number_of_tokens_is_computed(library: Path, weight_format: str, tokens: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -252,7 +253,7 @@ def test_a_nan_in_the_kv_cache_is_gone_after_a_reset() -> None:
             array[...] = np.nan
     session.reset()
     assert np.isfinite(session.prefill([5, 6])).all()
-    state = backend.pool.slots[backend.pool.current]
+    state = backend.pool.past(0)
     assert all(np.isfinite(array).all() for array in state.values())
 
 
@@ -268,5 +269,5 @@ def test_bfloat16_states_take_two_bytes() -> None:
     import dataclasses
 
     session, backend = toy_session("linear")
-    half = Session(session._folder, dataclasses.replace(session.manifest, dtype="bf16"), backend)
+    half = Session(Path(), dataclasses.replace(session.manifest, dtype="bf16"), backend)
     assert session.state_bytes - half.state_bytes == 4 * 128 * 2  # the conv states of four layers

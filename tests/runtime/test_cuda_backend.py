@@ -13,8 +13,9 @@ from toy import text_ids, tiles
 from mmm_export.errors import MmmError
 from mmm_export.manifest import read_manifest
 from mmm_export.operator_library import CPU_PROVIDER
-from mmm_export.runtime import GenerationOptions, Session
+from mmm_export.runtime import GenerationOptions, Session, device_values
 from mmm_export.runtime.onnxruntime_cuda_backend import OnnxRuntimeCudaBackend
+from mmm_export.runtime.token_rows import TokenRows
 
 CAPACITY = 192
 
@@ -50,6 +51,54 @@ def prompt(session: Session) -> tuple[Any, Any]:
     return ids, tiles(spec, 2)
 
 
+def test_no_memory_for_a_chunk_is_told_and_the_session_goes_on(
+    both: tuple[Session, Session], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device, host = both
+    device.prefill([3, 4])
+    host.prefill([3, 4])
+    with monkeypatch.context() as patch:
+
+        def refuse(*_: Any) -> Any:
+            raise RuntimeError("Failed to allocate memory for requested buffer\nand more")
+
+        patch.setattr(device_values.onnxruntime.OrtValue, "ortvalue_from_shape_and_type", refuse)
+        with pytest.raises(MmmError, match="the device has no memory") as error:
+            device.prefill(text_ids(device.manifest.model, 7))
+        assert error.value.found == "Failed to allocate memory for requested buffer"
+        assert "bytes for" in str(error.value.wanted)
+    np.testing.assert_array_equal(device.step(5), host.step(5))
+
+
+def test_chunks_of_many_sizes_keep_no_more_than_two(both: tuple[Session, Session]) -> None:
+    device, host = both
+    for count in (3, 5, 3, 7, 5, 16):
+        ids = text_ids(device.manifest.model, count)
+        np.testing.assert_array_equal(device.prefill(ids), host.prefill(ids))
+    assert list(device._backend._chunks) == [5, 16]  # type: ignore[union-attr]
+
+
+def test_steps_without_a_table_of_rows_give_the_same(
+    both: tuple[Session, Session], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device, host = both
+    host.prefill([3, 4])
+    wanted = [host.step(token) for token in (5, 9)]
+    device.prefill([3, 4])
+    np.testing.assert_array_equal(device.step(5), wanted[0])
+    monkeypatch.setattr(device._backend, "_token_rows", None)
+    np.testing.assert_array_equal(device.step(9), wanted[1])
+
+
+def test_a_table_with_other_rows_is_not_used(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with device_session(bundle) as session:
+        assert session._backend._token_rows is not None  # type: ignore[union-attr]
+    with monkeypatch.context() as patch:
+        patch.setattr(TokenRows, "look_up", lambda self, ids: self._rows[ids] + 1)
+        with device_session(bundle) as session:
+            assert session._backend._token_rows is None  # type: ignore[union-attr]
+
+
 def test_prompts_and_steps_give_the_very_logits_of_the_host_backend(both: tuple[Session, Session]) -> None:
     device, host = both
     np.testing.assert_array_equal(*(session.prefill(*prompt(session)) for session in both))
@@ -78,7 +127,7 @@ def test_a_chunk_that_fails_leaves_the_state_as_it_was(both: tuple[Session, Sess
     for session in both:
         session.prefill(ids, pixels)
     backend: Any = device._backend
-    read, calls = backend._read, []
+    read, calls = backend._read_row, []
 
     def fail_late(*arguments: Any) -> Any:
         calls.append(read(*arguments))  # the states of the other slot are written by then
@@ -86,7 +135,7 @@ def test_a_chunk_that_fails_leaves_the_state_as_it_was(both: tuple[Session, Sess
             raise MmmError("no memory")
         return calls[-1]
 
-    monkeypatch.setattr(backend, "_read", fail_late)
+    monkeypatch.setattr(backend, "_read_row", fail_late)
     with pytest.raises(MmmError, match="no memory"):
         device.prefill(text_ids(device.manifest.model, 30, seed=3))
     assert device.tokens == host.tokens

@@ -11,7 +11,8 @@ import pytest
 from fake_engine import PREFILL_TOKENS, FakeMachine, install, write_engine
 from toy import text_ids, tiles
 
-from mmm_export.runtime import GenerationOptions, Session
+from mmm_export.errors import OptionError
+from mmm_export.runtime import BatchSession, GenerationOptions, Question, Session
 
 CAPACITY = 256
 
@@ -65,6 +66,20 @@ def test_engine_writes_the_tokens_of_the_bundle(bundle: Path, engine: Path, mach
         left, there = right._backend.read_state(right.tokens), session._backend.read_state(session.tokens)  # type: ignore[union-attr]
         for name, array in left.items():
             np.testing.assert_array_equal(there[name], array, err_msg=name)
+
+
+def test_a_batch_of_one_row_answers_as_the_session_and_more_rows_are_refused(
+    engine: Path, machine: FakeMachine
+) -> None:
+    options = GenerationOptions(max_new_tokens=4, stop_ids=())
+    with Session.open(engine) as session:
+        wanted = "".join(session.generate("Hi", options=options))
+    with BatchSession.open(engine, rows=1) as batch:
+        (done,) = batch.answers([Question("Hi", options=options)])
+    assert done.answer is not None
+    assert done.answer.text == wanted
+    with pytest.raises(OptionError, match="one sequence at a time"):
+        BatchSession.open(engine, rows=2)
 
 
 def test_prompt_is_read_in_chunks_that_the_engine_takes(engine: Path, machine: FakeMachine) -> None:

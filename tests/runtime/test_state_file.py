@@ -79,7 +79,7 @@ def test_bfloat16_and_float16_states_keep_their_bits(tmp_path: Path) -> None:
         for slot in backend.pool.slots:
             for array in slot.values():
                 array.view(np.uint8)[...] = random.integers(0, 256, array.view(np.uint8).shape, np.uint8)
-        backend.pool.commit(3)
+        backend.pool.positions.commit(0, 3)
         session = Session(tmp_path, manifest, backend)
         session.save_state(tmp_path / "state")
         before = backend.read_state(3)

@@ -18,9 +18,9 @@ def filled(tokens: int) -> StatePool:
     for slot in pool.slots:
         for array in slot.values():
             array[...] = random.standard_normal(array.shape)
-    for array in pool.slots[0].values():
+    for array in pool.slots[1].values():
         array[...] = np.nan
-    pool.commit(tokens)
+    pool.positions.commit(0, tokens)
     return pool
 
 
@@ -29,7 +29,7 @@ def test_write_keeps_the_rows_it_is_not_given_and_clears_the_unused_ones() -> No
     before = pool.read(6)
     pool.write({"ssm": np.ones((1, 2, 3)), "key": np.full((1, 2, 2, 3), 7)}, 5)
     after = pool.read(8)
-    assert pool.tokens == 5
+    assert pool.positions[0].tokens == 5
     assert (after["ssm"] == 1).all()
     assert (after["key"][:, :, :2] == 7).all()
     assert np.array_equal(after["key"][:, :, 2:5], before["key"][:, :, 2:5])
@@ -47,7 +47,7 @@ def test_read_gives_copies_of_the_used_rows() -> None:
 def test_clear_leaves_nothing_not_even_nan() -> None:
     pool = filled(6)
     pool.clear()
-    assert pool.tokens == 0
+    assert pool.positions[0].tokens == 0
     assert all((array == 0).all() for array in pool.read(8).values())
 
 

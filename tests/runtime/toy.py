@@ -10,7 +10,7 @@ import numpy as np
 
 from mmm_export.manifest import FileInfo, Manifest
 from mmm_export.model.testing import tiny_spec
-from mmm_export.runtime import Session
+from mmm_export.runtime import BatchSession, Session
 from mmm_export.runtime.state_layout import state_layout
 from mmm_export.runtime.state_pool import StatePool
 from mmm_export.spec import ModelSpec
@@ -56,7 +56,7 @@ class ToyBackend:
 
     @property
     def tokens(self) -> int:
-        return self.pool.tokens
+        return self.pool.positions[0].tokens
 
     def image_features(self, pixel_values: Any) -> Any:
         self.tile_calls.append(len(pixel_values))
@@ -69,13 +69,13 @@ class ToyBackend:
         self.calls.append(len(input_ids))
         self.before_call(call)
         images = iter(() if features is None else features)
-        old, new = self.pool.slots[self.pool.current], self.pool.slots[1 - self.pool.current]
+        old, new = self.pool.past(0), self.pool.present(0)
         for name in old:
             new[name][...] = old[name]
         for offset, token in enumerate(input_ids):
             is_image = token == self.spec.image_token_id
             hidden = next(images).astype(np.float64) if is_image else self.table[token]
-            position = self.pool.tokens + offset
+            position = self.pool.positions[0].tokens + offset
             for layer, tensor in enumerate(self.pool.layout):
                 state = new[tensor.name]
                 if tensor.per_token:
@@ -86,11 +86,11 @@ class ToyBackend:
                     state += np.resize(hidden, state.shape) * 0.5
                     hidden = np.tanh(np.roll(hidden, layer + 1) - np.resize(state.mean(axis=-1), hidden.shape))
         assert next(images, None) is None
-        self.pool.commit(len(input_ids))
+        self.pool.positions.commit(0, len(input_ids))
         self.after_call(call)
         if self.script is not None:
             logits = np.zeros(self.spec.vocab_size, np.float32)
-            logits[self.script(self.pool.tokens)] = 9
+            logits[self.script(self.pool.positions[0].tokens)] = 9
             return logits
         return (self.head @ hidden).astype(np.float32)
 
@@ -129,3 +129,43 @@ def text_ids(spec: ModelSpec, count: int, seed: int = 0) -> Any:
 def tiles(spec: ModelSpec, count: int) -> Any:
     size = spec.vision.tile_size
     return np.random.default_rng(1).standard_normal((count, 3, size, size)).astype(np.float32)
+
+
+class ToyBatch:
+    """Rows of toys behind the runtime's BatchBackend protocol."""
+
+    def __init__(self, manifest: Manifest, rows: int) -> None:
+        self.toys = tuple(ToyBackend(manifest) for _ in range(rows))
+        self.rows: tuple[Any, ...] = self.toys
+        self.steps: list[tuple[int, ...]] = []  # rows of each step
+        self.after_step: Callable[[dict[int, Any]], None] = lambda logits: None  # may change them, or raise
+        self.is_closed = False
+
+    def step(self, tokens: Mapping[int, int]) -> dict[int, Any]:
+        self.steps.append(tuple(tokens))
+        kept = {row: self.toys[row].read_state(self.toys[row].tokens) for row in tokens}
+        logits = {row: self.toys[row].advance(np.array([token]), None) for row, token in tokens.items()}
+        try:
+            self.after_step(logits)
+        except BaseException:
+            for row, arrays in kept.items():
+                self.toys[row].write_state(arrays, self.toys[row].tokens - 1)
+            raise
+        return logits
+
+    def close(self) -> None:
+        self.is_closed = True
+
+
+def toy_batch(
+    kinds: Any = "linear",
+    *,
+    rows: int = 3,
+    folder: Path = Path("no-such-bundle"),
+    chunk_tokens: int = 8,
+    **manifest: Any,
+) -> tuple[BatchSession, ToyBatch]:
+    """Open a batch on toys."""
+    made = toy_manifest(kinds, **manifest)
+    backend = ToyBatch(made, rows)
+    return BatchSession(folder, made, backend, chunk_tokens=chunk_tokens), backend

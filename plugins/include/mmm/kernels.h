@@ -22,7 +22,7 @@ extern "C" {
 #endif
 
 /* Raised whenever a struct or the meaning of a field changes. Every loader compares it with mmm_abi_version(). */
-#define MMM_ABI_VERSION 2
+#define MMM_ABI_VERSION 3
 
 #if defined(_WIN32)
 #define MMM_API __declspec(dllexport)
@@ -132,7 +132,7 @@ typedef enum mmm_epilogue {
   MMM_EPILOGUE_SILU = 2      /* the weight is [gate | up], N/2 rows each: out (M, N/2) = silu(gate) * up */
 } mmm_epilogue;
 
-/* Sizes and types of a product. 48 bytes of plain data. */
+/* Sizes and types of a product. 52 bytes of plain data. */
 typedef struct mmm_linear_shape {
   int32_t abi_version;   /* MMM_ABI_VERSION */
   int32_t device;        /* mmm_device */
@@ -146,6 +146,8 @@ typedef struct mmm_linear_shape {
   int32_t outputs;       /* N >= 1, rows of the weight; even for MMM_EPILOGUE_SILU */
   int32_t inputs;        /* K >= 1; a multiple of 128 for INT4, on CUDA of 16 */
   float eps;             /* of the RMS norm, > 0; not looked at without it */
+  int32_t kept;          /* rows at the end of an integer weight that are not quantized, and lie in kept_weight; 0 for a plain weight
+                            and for MMM_EPILOGUE_SILU */
 } mmm_linear_shape;
 
 /* One product. On CUDA all pointers are device memory and everything is enqueued on `stream`; on the CPU it is host memory. */
@@ -159,6 +161,7 @@ typedef struct mmm_linear_args {
   const void* weight;      /* see mmm_weight_format; 16-byte aligned */
   const void* scales;      /* see mmm_weight_format; 16-byte aligned; NULL for a plain weight */
   const void* norm_weight; /* (K,) io_dtype, 16-byte aligned; NULL unless normalise */
+  const void* kept_weight; /* (kept, K) io_dtype, 16-byte aligned; NULL unless the shape keeps rows. `weight` and `scales` have N - kept */
   const void* residual;    /* (M, N) io_dtype, contiguous, 16-byte aligned; NULL unless MMM_EPILOGUE_RESIDUAL */
   void* out;               /* (M, N) or (M, N/2) out_dtype, contiguous, 16-byte aligned; may be residual itself where the types are equal
                               (updates in place), else it overlaps nothing */
@@ -170,7 +173,7 @@ typedef struct mmm_linear_args {
 /* The MMM_ABI_VERSION that the library was built with. */
 MMM_API int32_t mmm_abi_version(void);
 
-/* One line of JSON: {"version": ..., "abi": 2, "cuda": "13.0" or null, "architectures": [87, 90], "compiler": ...}. Static memory. */
+/* One line of JSON: {"version": ..., "abi": 3, "cuda": "13.0" or null, "architectures": [87, 90], "compiler": ...}. Static memory. */
 MMM_API const char* mmm_build_info(void);
 
 /*

@@ -13,7 +13,7 @@ from mmm_export.bench.meters import AnonymousMemory, EnergyMeter, GpuFacts, Memo
 from mmm_export.bench.report import cpu_name
 from mmm_export.bench.roofline import host_bandwidth
 from mmm_export.engine_manifest import EngineManifest
-from mmm_export.runtime import Session
+from mmm_export.runtime import BatchSession, Session
 
 
 @dataclass(frozen=True)
@@ -59,13 +59,13 @@ def meters_for(providers: Sequence[str], bandwidth_gb_s: float | None, pid: int)
             board.close()
 
 
-def runs_on(session: Session, providers: Sequence[str]) -> Sequence[str]:
+def runs_on(session: Session | BatchSession, providers: Sequence[str]) -> Sequence[str]:
     """Return what `meters_for` must watch: the providers asked for, or the GPU that an engine always runs on."""
     return [session.manifest.flavor] if isinstance(session.manifest, EngineManifest) else providers
 
 
 def describe(
-    session: Session, options: BenchOptions, providers: Sequence[str], threads: int | None
+    session: Session | BatchSession, options: BenchOptions, providers: Sequence[str], threads: int | None
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Describe the model and the backend of a session, as they stand in the JSON."""
     manifest = session.manifest

@@ -1,4 +1,4 @@
-"""Times a session: the prefill of a prompt of random tokens, then decode steps after it."""
+"""Times a session or a batch: the prefill of a prompt of random tokens, then decode steps after it."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ from numpy.typing import NDArray
 
 from mmm_export.bench.meters import EnergyMeter, MemoryMeter, PeakWatch
 from mmm_export.bench.roofline import step_bytes
+from mmm_export.bench.sequences import Logits, Sequences, sequences_of
 from mmm_export.errors import OptionError
 from mmm_export.progress import Progress, SilentProgress
-from mmm_export.runtime import Session
+from mmm_export.runtime import BatchSession, Session
+from mmm_export.runtime.opening import MOST_ROWS
 from mmm_export.spec import ModelSpec
 
 WARM_UP_STEPS = 3
@@ -27,7 +29,7 @@ class BenchOptions:
     Attributes:
         lengths: prompt lengths, in tokens.
         new_tokens: decode steps after each prompt.
-        repeats: prefills of each length, as long as they fit into `budget_s`; one at least.
+        repeats: prefills of each length, as long as they fit into `budget_s`; one at least, and one for each row of a batch.
         budget_s: seconds that the prefills of one length may take together.
         seed: of the random tokens.
     """
@@ -52,7 +54,10 @@ class BenchOptions:
 class Measurement:
     """One row: times in ms over `runs` prefills or decode steps; what no meter tells is None.
 
-    `roofline` is the least time that the memory allows over the median, in (0, 1] on an exact bandwidth.
+    A prefill ends when its first token is chosen: its time is the time to the first token.
+
+    Of a batch, a decode step is one run of all rows, and `tokens_per_s` counts them all; prompts are read one by one, and a prefill
+    is that of one row. `roofline` is the least time that the memory allows over the median, in (0, 1] on an exact bandwidth.
     """
 
     test: Literal["prefill", "decode"]
@@ -65,6 +70,24 @@ class Measurement:
     peak_bytes: int
     joules_per_token: float | None
     roofline: float | None
+    batch: int = 1
+
+    @property
+    def tokens_per_s_each(self) -> float:
+        """Of one sequence, while all are decoded."""
+        return self.tokens_per_s / self.batch if self.test == "decode" else self.tokens_per_s
+
+
+def batches_from_text(text: str) -> tuple[int, ...]:
+    """Read "1,8" as numbers of rows.
+
+    Raises:
+        OptionError: a part is no such number.
+    """
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isascii() and part.isdigit() and 1 <= int(part) <= MOST_ROWS for part in parts):
+        raise OptionError("a batch size cannot be read", found=repr(text), wanted=f"numbers of 1 to {MOST_ROWS}")
+    return tuple(int(part) for part in parts)
 
 
 def lengths_from_text(text: str) -> tuple[int, ...]:
@@ -87,7 +110,7 @@ def lengths_from_text(text: str) -> tuple[int, ...]:
     return tuple(lengths)
 
 
-def check_lengths(session: Session, options: BenchOptions) -> None:
+def check_lengths(session: Session | BatchSession, options: BenchOptions) -> None:
     """Refuse lengths that the KV cache cannot hold, before any work. Raises OptionError."""
     longest = max(options.lengths) + options.new_tokens
     if session.capacity is not None and longest > session.capacity:
@@ -100,7 +123,7 @@ def check_lengths(session: Session, options: BenchOptions) -> None:
 
 
 def measure(
-    session: Session,
+    session: Session | BatchSession,
     options: BenchOptions,
     *,
     memory: MemoryMeter,
@@ -109,10 +132,10 @@ def measure(
     progress: Progress | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> list[Measurement]:
-    """Measure every length; the session's context is empty afterwards.
+    """Measure every length; the session's context, or every row, is empty afterwards.
 
     Args:
-        session: an open one; its chunks bound the memory of a prefill.
+        session: an open one; its chunks bound the memory of a prefill. Of a batch all rows hold the same prompt.
         options: what to measure.
         memory: read while it runs, for the peak.
         energy: read around it.
@@ -125,19 +148,21 @@ def measure(
     """
     check_lengths(session, options)
     progress = progress or SilentProgress()
+    sequences = sequences_of(session)
     with progress.stage("warming up"):
-        session.reset()
-        _decode(session, session.prefill(_tokens(session.manifest.model, 16, options.seed)), WARM_UP_STEPS, clock)
+        sequences.clear()
+        ids = _tokens(session.manifest.model, 16, options.seed)
+        _decode(sequences, [sequences.prefill(ids) for _ in range(sequences.batch)], WARM_UP_STEPS, clock)
     rows = []
     for length in options.lengths:
-        with progress.stage(f"{length:,} tokens"):
-            rows += _measure_length(session, length, options, memory, energy, bandwidth, clock)
-    session.reset()
+        with progress.stage(f"{length:,} tokens" if sequences.batch == 1 else f"{sequences.batch} x {length:,} tokens"):
+            rows += _measure_length(sequences, length, options, memory, energy, bandwidth, clock)
+    sequences.clear()
     return rows
 
 
 def _measure_length(
-    session: Session,
+    sequences: Sequences,
     length: int,
     options: BenchOptions,
     memory: MemoryMeter,
@@ -145,38 +170,46 @@ def _measure_length(
     bandwidth: float | None,
     clock: Callable[[], float],
 ) -> list[Measurement]:
-    ids = _tokens(session.manifest.model, length, options.seed)
+    batch = sequences.batch
+    ids = _tokens(sequences.manifest.model, length, options.seed)
     times: list[float] = []
+    logits: list[Logits] = []
     joules = energy.read() if energy else 0.0
     with PeakWatch(memory) as prefill_memory:
-        while len(times) < options.repeats and (not times or sum(times) + times[-1] <= options.budget_s):
-            session.reset()
-            begin = clock()
-            logits = session.prefill(ids)
-            times.append(clock() - begin)
-    prefill = _row(
-        "prefill", length, times, length, prefill_memory.peak, _joules(energy, joules, length * len(times)), None
-    )
+        # Whole rounds of all rows, so that each holds the prompt in the end.
+        while len(times) < options.repeats and (not times or sum(times) + batch * times[-1] <= options.budget_s):
+            sequences.clear()
+            logits = []
+            for _ in range(batch):
+                begin = clock()
+                logits.append(sequences.prefill(ids))
+                _likeliest(logits[-1], sequences.manifest.model.image_token_id)
+                times.append(clock() - begin)
+    used = _joules(energy, joules, length * len(times))
+    prefill = _row("prefill", length, times, length, prefill_memory.peak, used, None, batch)
     joules = energy.read() if energy else 0.0
     with PeakWatch(memory) as decode_memory:
-        steps = _decode(session, logits, options.new_tokens, clock)
-    floor = step_bytes(session.manifest, length) / bandwidth if bandwidth else None
-    decode = _row("decode", length, steps, 1, decode_memory.peak, _joules(energy, joules, len(steps)), floor)
+        steps = _decode(sequences, logits, options.new_tokens, clock)
+    floor = step_bytes(sequences.manifest, length, batch) / bandwidth if bandwidth else None
+    used = _joules(energy, joules, batch * len(steps))
+    decode = _row("decode", length, steps, batch, decode_memory.peak, used, floor, batch)
     return [prefill, decode]
 
 
-def _decode(session: Session, logits: NDArray[np.float32], steps: int, clock: Callable[[], float]) -> list[float]:
-    """Take the likeliest token and feed it, so many times; return the seconds of each. Choosing is part of a step."""
+def _decode(sequences: Sequences, logits: Sequence[Logits], steps: int, clock: Callable[[], float]) -> list[float]:
+    """Take each row's likeliest token and feed all, so many times; return the seconds of each. Choosing is part of a step."""
     times = []
-    banned = session.manifest.model.image_token_id
+    banned = sequences.manifest.model.image_token_id
     for _ in range(steps):
         begin = clock()
-        token = int(np.argmax(logits))
-        if token == banned:
-            token = int(np.argsort(logits)[-2])
-        logits = session.step(token)
+        logits = sequences.step([_likeliest(row, banned) for row in logits])
         times.append(clock() - begin)
     return times
+
+
+def _likeliest(logits: Logits, banned: int) -> int:
+    token = int(np.argmax(logits))
+    return int(np.argsort(logits)[-2]) if token == banned else token
 
 
 def _row(
@@ -187,6 +220,7 @@ def _row(
     peak: int,
     joules: float | None,
     floor_s: float | None,
+    batch: int,
 ) -> Measurement:
     low, median, high = np.percentile(seconds, (10, 50, 90))
     return Measurement(
@@ -200,6 +234,7 @@ def _row(
         peak_bytes=peak,
         joules_per_token=joules,
         roofline=floor_s / float(median) if floor_s and median else None,
+        batch=batch,
     )
 
 

@@ -89,19 +89,22 @@ def draw(bench: Bench, path: Path, form: str) -> None:
     from matplotlib import pyplot
 
     figure, (latency, memory) = pyplot.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
-    decode = _by_tokens(bench.rows, "decode")
-    prefill = _by_tokens(bench.rows, "prefill")
-    tokens = [row.tokens for row in decode]
-    latency.plot(tokens, [row.median_ms for row in decode], "o-", label="decode step")
-    latency.fill_between(tokens, [row.low_ms for row in decode], [row.high_ms for row in decode], alpha=0.25)
-    latency.set(xlabel="tokens in the context", ylabel="ms a token", ylim=(0, None))
-    per_token = [row.median_ms / row.tokens for row in prefill]
-    latency.plot(tokens, per_token, "s--", label="prefill, a token")
+    for batch in sorted({row.batch for row in bench.rows}):
+        decode, prefill = (_by_tokens(bench.rows, test, batch) for test in ("decode", "prefill"))
+        tokens = [row.tokens for row in decode]
+        of_rows = f", {batch} rows" if batch > 1 else ""
+        latency.plot(tokens, [row.median_ms for row in decode], "o-", label=f"decode step{of_rows}")
+        latency.fill_between(tokens, [row.low_ms for row in decode], [row.high_ms for row in decode], alpha=0.25)
+        if batch == min(row.batch for row in bench.rows):  # prompts are read one by one, however many rows there are
+            latency.plot(tokens, [row.median_ms / row.tokens for row in prefill], "s--", label="prefill, a token")
+        peaks = np.array([[row.peak_bytes for row in rows] for rows in (prefill, decode)]).max(axis=0) / 2**30
+        memory.plot(tokens, peaks, "o-", label=f"{batch} rows" if batch > 1 else "1 row")
+    latency.set(xlabel="tokens in the context", ylabel="ms", ylim=(0, None))
     latency.legend()
-    peaks = np.array([[row.peak_bytes for row in rows] for rows in (prefill, decode)]).max(axis=0) / 2**30
-    memory.plot(tokens, peaks, "o-")
     memory.set(xlabel="tokens in the context", ylabel="GiB at most", ylim=(0, None), title=bench.memory_metric)
     memory.title.set_fontsize("small")
+    if any(row.batch > 1 for row in bench.rows):
+        memory.legend()
     for axes in (latency, memory):
         axes.set_xscale("log")
         axes.grid(visible=True, alpha=0.3)
@@ -110,5 +113,5 @@ def draw(bench: Bench, path: Path, form: str) -> None:
     pyplot.close(figure)
 
 
-def _by_tokens(rows: Sequence[Measurement], test: str) -> list[Measurement]:
-    return sorted((row for row in rows if row.test == test), key=lambda row: row.tokens)
+def _by_tokens(rows: Sequence[Measurement], test: str, batch: int) -> list[Measurement]:
+    return sorted((row for row in rows if (row.test, row.batch) == (test, batch)), key=lambda row: row.tokens)

@@ -12,10 +12,11 @@ from mmm_export.manifest import Manifest
 from mmm_export.state_bytes import state_bytes
 
 
-def step_bytes(manifest: Manifest | EngineManifest, context_tokens: int) -> int:
+def step_bytes(manifest: Manifest | EngineManifest, context_tokens: int, batch: int = 1) -> int:
     """Count the bytes that a decode step moves at least.
 
-    The decoder's weights and a row of KV cache for each token of the context are read; SSM and conv states are read and written.
+    The decoder's weights are read once for all sequences. Of each sequence a row of KV cache for every token of its context is
+    read, and SSM and conv states are read and written.
     """
     if isinstance(manifest, EngineManifest):
         weights = manifest.files[names.DECODER_PLAN].bytes  # a plan is little else
@@ -26,7 +27,8 @@ def step_bytes(manifest: Manifest | EngineManifest, context_tokens: int) -> int:
             if name.startswith(names.DECODER_FILE) and name != names.DECODER_FILE
         )
     state = state_bytes(manifest.model, manifest.dtype)
-    return weights + 2 * (state["ssm_bytes"] + state["conv_bytes"]) + context_tokens * state["kv_bytes_per_token"]
+    each = 2 * (state["ssm_bytes"] + state["conv_bytes"]) + context_tokens * state["kv_bytes_per_token"]
+    return weights + batch * each
 
 
 def host_bandwidth(size: int = 256 << 20, repeats: int = 5) -> float:

@@ -25,10 +25,19 @@ from mmm_export.packages import require
     show_default="the model's own limit",
     help="Cut each image into at most so many.",
 )
+@click.option(
+    "--batch",
+    type=click.IntRange(min=1),
+    default=1,
+    metavar="ROWS",
+    help="Ask so many questions at once; a bundle only.",
+)
 @inference_options
 @click.option("--answers", type=PATH, metavar="FILE", help="Also write every question, answer and truth, as JSONL.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def evaluate(model: Path, task: str, limit: int | None, answers: Path | None, as_json: bool, **rest: Any) -> None:
+def evaluate(
+    model: Path, task: str, limit: int | None, batch: int, answers: Path | None, as_json: bool, **rest: Any
+) -> None:
     """Ask MODEL (a checkpoint, a bundle or an engine) questions with one true answer, and count the right ones.
 
     Prints the accuracy for each kind of question, with its 95 % interval (Wilson). An answer is right when it is the true
@@ -48,9 +57,9 @@ def evaluate(model: Path, task: str, limit: int | None, answers: Path | None, as
         require("demo")
     if not (model / names.MANIFEST_FILE).is_file():
         require("export")
-    from mmm_export.evaluation.answering import AnswerOptions, opened
+    from mmm_export.evaluation.answering import AnswerOptions, opened, opened_many
     from mmm_export.evaluation.samples import read_samples
-    from mmm_export.evaluation.scoring import ask_all, shares
+    from mmm_export.evaluation.scoring import ask_all, ask_together, shares
     from mmm_export.output import output_file
     from mmm_export.progress import console_progress
     from mmm_export.rendering.evaluation import accuracy_table
@@ -60,8 +69,13 @@ def evaluate(model: Path, task: str, limit: int | None, answers: Path | None, as
     options = AnswerOptions(providers=tuple(rest["providers"]), **{name: rest[name] for name in fields})
     with progress.stage("read the samples"):
         samples = read_samples(task, limit)
-    with opened(model, options) as (kind, answer), progress.stage(f"ask {len(samples)} questions") as advance:
-        answered = ask_all(samples, answer, advance)
+    title = f"ask {len(samples)} questions"
+    if batch == 1:
+        with opened(model, options) as (kind, answer), progress.stage(title) as advance:
+            answered = ask_all(samples, answer, advance)
+    else:
+        with opened_many(model, options, batch) as (kind, many), progress.stage(f"{title}, {batch} at once") as advance:
+            answered = ask_together(samples, many, advance)
     found = shares(answered)
     if answers is not None:
         lines = [

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mmm_export import names
-from mmm_export.errors import BundleError, PromptError
+from mmm_export.errors import BundleError, OptionError, PromptError
 from mmm_export.images import ImageSource, load_image, tiles_from_image
 
 if TYPE_CHECKING:
@@ -22,6 +22,7 @@ MOST_NEW_TOKENS = 16  # unless asked for more: answers that can be right or wron
 IN_MEMORY = 1 << 28  # values: a model below that is held in float32, so that its weights are not cast for every token
 
 Answer = Callable[[str, Sequence[ImageSource]], str]
+AnswerMany = Callable[[Iterable[tuple[str, Sequence[ImageSource]]]], Iterator[tuple[int, str]]]
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,36 @@ def opened(model: Path, options: AnswerOptions) -> Iterator[tuple[str, Answer]]:
             found="a folder with neither" if model.is_dir() else "no such folder",
             wanted=f"{names.CONFIG_FILE} of a checkpoint, or {names.MANIFEST_FILE} of a bundle or an engine",
         )
+
+
+@contextmanager
+def opened_many(model: Path, options: AnswerOptions, rows: int) -> Iterator[tuple[str, AnswerMany]]:
+    """Open a bundle that answers so many questions at once; yields what it is, and a function from questions to (number, answer).
+
+    Raises:
+        OptionError: a checkpoint or an engine, which answer one at a time.
+        MmmError: the model cannot be opened.
+    """
+    from mmm_export.runtime import BatchSession, GenerationOptions, Question
+
+    if not (model / names.MANIFEST_FILE).is_file():
+        raise OptionError(
+            "only a bundle answers several questions at once", found=f"{model}, which is no bundle", wanted="--batch 1"
+        )
+    generation = GenerationOptions(max_new_tokens=options.max_new_tokens)
+    with BatchSession.open(
+        model, rows=rows, providers=list(options.providers) or None, threads=options.threads, kernels=options.kernels
+    ) as batch:
+
+        def answers(questions: Iterable[tuple[str, Sequence[ImageSource]]]) -> Iterator[tuple[int, str]]:
+            asked = (Question(text, tuple(images), generation, options.max_tiles) for text, images in questions)
+            for done in batch.answers(asked):
+                if done.error is not None:
+                    raise done.error
+                assert done.answer is not None
+                yield done.number, done.answer.text
+
+        yield "bundle", answers
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mmm_export.evaluation.answering import Answer
+from mmm_export.evaluation.answering import Answer, AnswerMany
 from mmm_export.evaluation.samples import Sample
 
 Z = 1.959963984540054  # of a normal distribution: 95 % lie within so many standard deviations
@@ -72,6 +72,17 @@ def ask_all(
         found.append(Answered(sample, answer(sample.question, sample.images)))
         advance(1)
     return found
+
+
+def ask_together(
+    samples: Sequence[Sample], answers: AnswerMany, advance: Callable[[int], None] = lambda done: None
+) -> list[Answered]:
+    """Ask every sample of what answers several at once; as `ask_all`, in the order of the samples."""
+    said = {}
+    for number, text in answers((sample.question, sample.images) for sample in samples):
+        said[number] = text
+        advance(1)
+    return [Answered(sample, said[number]) for number, sample in enumerate(samples)]
 
 
 def shares(answered: Iterable[Answered]) -> dict[str, Share]:

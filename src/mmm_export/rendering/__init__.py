@@ -114,7 +114,15 @@ ENDINGS = {
     "length": "--max-new-tokens reached",
     "context_full": "the KV cache is full",
     "cancelled": "stopped",
+    "failed": "it failed",
 }
+
+
+def batch_statistics(prompts: int, failed: int, new_tokens: int, seconds: float) -> str:
+    """Say in one line how many prompts were answered, and how fast."""
+    without = f", {failed} of them not answered" if failed else ""
+    rate = f", {new_tokens / seconds:,.1f} tokens/s" if seconds > 0 else ""
+    return f"[{prompts} prompts{without}; {new_tokens:,} new tokens in {seconds:.2f} s, prompts included{rate}]"
 
 
 def answer_statistics(statistics: GenerationStatistics, finish_reason: str | None) -> str:

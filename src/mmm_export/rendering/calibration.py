@@ -52,7 +52,7 @@ def quantization_summary(folder: Path, manifest: Manifest, calibration: Path) ->
             "note: TensorRT documents weight-only for int4 alone; it may store these weights as 16 bits in the engine"
         )
     lines.append(f"calibration: {calibration}, for other formats too: --from")
-    if found.consumer in ("onnxruntime", "reference"):
+    if found.consumer in ("onnxruntime", "onnxruntime-cuda", "reference"):
         lines.append(f"next: mmm-export verify {shlex.quote(str(folder))} --checkpoint CHECKPOINT")
     return "\n".join(lines)
 
