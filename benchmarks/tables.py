@@ -207,13 +207,31 @@ def quantization_table(results: Results) -> str:
             f"{100 * row['accuracy']:.1f} %",
             f"{row['points_lost']:.1f} ({row['points_lost_low']:.1f} to {row['points_lost_high']:.1f})",
             f"{row['kl_mean']:.1e}",
-            f"{row['state_error_200_steps']:.1e}" if "state_error_200_steps" in row else "",
-            f"{row['state_error_2000_steps']:.1e}" if "state_error_2000_steps" in row else "",
+            f"{row['kl_p99']:.1e}",
+        )
+        for row in results["rows"]
+        if row["format"] != "fp32"
+    ]
+    header = ("model", "by", "right", "points lost (95 %)", "mean KL", "its 99th percentile")
+    whole = ", ".join(f"{row['model']} {row['accuracy']:.1%}" for row in results["rows"] if row["format"] == "fp32")
+    return f"{results['rows'][0]['prompts']:,} prompts; right as fp32: {whole}.\n\n" + _table(header, rows)
+
+
+def drift_table(results: Results) -> str:
+    rows = [
+        (
+            f"{row['model']}, {row['format']}",
+            row["quantized"],
+            f"{row['decoder_bytes'] / 1e6:.1f} MB",
+            f"{row['early_error']:.1e}",
+            f"{row['late_error']:.1e}",
+            f"{row['growth']:.2f}",
+            f"{row['late_error_over_fp16']:,.0f}",
         )
         for row in results["rows"]
     ]
-    header = ("model", "by", "right", "points lost (95 %)", "mean KL", "state error, 200 steps", "2,000 steps")
-    return f"{results['rows'][0]['prompts']} prompts.\n\n" + _table(header, rows)
+    early, late = (f"error to step {results['rows'][0][key]:,}" for key in ("early_steps", "late_steps"))
+    return _table(("model", "quantized", "decoder", early, late, "growth", "times fp16's"), rows)
 
 
 def calibration_table(results: Results) -> str:
@@ -235,6 +253,7 @@ RENDERERS: dict[str, Callable[[Results], str]] = {
     "cpu-runtime-memory": memory_table,
     "digits-distillation": digits_table,
     "digits-quantization": quantization_table,
+    "digits-state-drift": drift_table,
     "cpu-calibration": calibration_table,
     "digits-distillation:stages": stages_table,
     "digits-distillation:ablations": ablations_table,
