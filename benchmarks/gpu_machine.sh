@@ -4,12 +4,15 @@
 #   benchmarks/gpu_machine.sh                    all parts: build test memcheck racecheck bench
 #   benchmarks/gpu_machine.sh build test         some of them
 #   PEERS=DIR benchmarks/gpu_machine.sh bench    with the peers' benchmark kit in DIR
+#   benchmarks/gpu_machine.sh build fullsize figure long    whole models of 2.7B parameters, random weights: numbers against the CPU,
+#                                                times beside PyTorch and the teacher, a million tokens; 16 GB of disk
 #
 # Needs nvcc, cmake, ninja, and a python3 with torch, numpy and pytest; nothing is installed or downloaded.
 # Variables: PYTHON (python3), BUILD_DIR (build/gpu), OUT (BUILD_DIR/logs), ARCH (the GPU's, "90"), TEST_ARGS, BENCH_ARGS,
 # SANITIZED (cases of tests/gpu/sanitizer_run.py), JOBS (4); TENSORRT_INCLUDE_DIR adds the TensorRT plugin and the mini host,
 # which then go through tests and sanitizers too; ONNXRUNTIME_INCLUDE_DIR adds the library for ONNX Runtime, whose test needs
-# onnxruntime-gpu in python3 or in the folder ONNXRUNTIME_GPU.
+# onnxruntime-gpu in python3 or in the folder ONNXRUNTIME_GPU. For fullsize, figure and long: FULL_SIZE (build/full-size), folder of
+# the bundles, which are made unless they are there; FIGURE_SECONDS (280), LONG_SECONDS (240).
 # A part that fails does not stop the others; the exit code is 1 when one did.
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -105,6 +108,46 @@ bench() {
   return $code
 }
 
+# Whole models. The bundles are exported from random checkpoints once, which takes minutes.
+FULL_SIZE=${FULL_SIZE:-build/full-size}
+
+full_size_bundle() { # dtype
+  [ -e "$FULL_SIZE/$1/manifest.json" ] || { mkdir -p "$FULL_SIZE" && "$PYTHON" benchmarks/full_size_bundle.py --dtype "$1" "$FULL_SIZE/$1"; }
+}
+
+on_library() { # command, with the library just built and ONNX Runtime for GPUs
+  PYTHONPATH="$PYTHONPATH:${ONNXRUNTIME_GPU:-}" "$@"
+}
+
+library() { # the library for ONNX Runtime: named, or just built, or that of `mmm-export plugins build`
+  local built=$BUILD_DIR/libmmm_onnxruntime.so
+  [ ! -e "$built" ] || echo "$built"
+}
+
+fullsize() {
+  full_size_bundle fp16 || return 1
+  MMM_FULL_SIZE_BUNDLE=$FULL_SIZE/fp16 MMM_ONNXRUNTIME_LIBRARY=${MMM_ONNXRUNTIME_LIBRARY:-$(library)} on_library \
+    "$PYTHON" -m pytest -p no:cacheprovider -rfEs --tb=short tests/gpu/test_full_size_cuda.py 2>&1 | tee "$OUT/fullsize.log"
+  return "${PIPESTATUS[0]}"
+}
+
+whole_models() { # script, seconds, further options
+  local script=$1 seconds=$2 name kernels=${MMM_ONNXRUNTIME_LIBRARY:-$(library)}
+  shift 2
+  name=$(basename "$script" .py)
+  full_size_bundle bf16 || return 1
+  on_library "$PYTHON" "$script" --bundle "$FULL_SIZE/bf16" --kernels "${kernels:-auto}" --seconds "$seconds" "$@" 2>&1 | tee "$OUT/$name.log"
+  return "${PIPESTATUS[0]}"
+}
+
+figure() {
+  local options=()
+  [ -z "${PEERS:-}" ] || options+=(--peers "$PEERS")
+  whole_models benchmarks/paper_figure.py "${FIGURE_SECONDS:-280}" ${options[@]+"${options[@]}"}
+}
+
+long() { whole_models benchmarks/long_runs.py "${LONG_SECONDS:-240}"; }
+
 for part in $parts; do
   begin=$SECONDS
   printf '\n######## %s\n' "$part"
@@ -112,8 +155,8 @@ for part in $parts; do
     build) build ;;
     test) run_tests ;;
     memcheck | racecheck | initcheck | synccheck) sanitize "$part" ;;
-    bench) bench ;;
-    *) echo "unknown part; wanted build, test, memcheck, racecheck, bench" && false ;;
+    bench | fullsize | figure | long) "$part" ;;
+    *) echo "unknown part; wanted build, test, memcheck, racecheck, bench, fullsize, figure, long" && false ;;
   esac && outcome=ok || outcome=FAILED
   note "$part" $outcome $((SECONDS - begin))
 done

@@ -18,7 +18,17 @@ import mmm_export
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).resolve().parent / "results"
-PACKAGES = ("torch", "triton", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "numpy", "safetensors")
+PACKAGES = (
+    "torch",
+    "triton",
+    "onnx",
+    "onnx-ir",
+    "onnxscript",
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "numpy",
+    "safetensors",
+)
 
 
 def write_results(
@@ -55,6 +65,13 @@ def machine() -> str:
     return f"{names[0] if names else platform.machine()}, {len(os.sched_getaffinity(0))} cores, {gib:.0f} GiB"
 
 
+def gpu_word(name: str | None) -> str:
+    """The word of a GPU's name that result files begin with, such as "h100"; "cpu" for None."""
+    if name is None:
+        return "cpu"
+    return next((word.lower() for word in name.split() if any(c.isdigit() for c in word)), "gpu")
+
+
 def commit() -> str | None:
     """Name the commit of the working tree, with "+" when it holds changes; None outside a repository or without git."""
     if shutil.which("git") is None:
@@ -75,6 +92,8 @@ def _versions() -> dict[str, str]:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
+    if "onnxruntime-gpu" in found:  # both are the module onnxruntime; where both are installed this one was imported
+        found.pop("onnxruntime", None)
     return found
 
 

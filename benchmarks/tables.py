@@ -16,17 +16,19 @@ from pathlib import Path
 from typing import Any
 
 import kernel_plots
+import runtime_plots
+import runtime_tables
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 DOCUMENTS = (
     "README.md",
     "docs/plugins.md",
+    "docs/gpu-measurements.md",
     "docs/quantization.md",
     "docs/engine.md",
     "docs/distillation.md",
     "docs/how-to/distill-your-own.md",
-    "docs/how-to/datacenter.md",
     "demo_models/README.md",
 )
 BLOCK = re.compile(r"(<!-- results: ([a-z0-9-]+(?::[a-z-]+)?) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -259,6 +261,19 @@ RENDERERS: dict[str, Callable[[Results], str]] = {
     "h100-runtime-profile": profile_table,
 }
 GPU_KERNELS = "gpu-kernels"  # stands for the result files of all GPUs
+KERNELS_FIGURE = "Latency of prefill and decode step beside the peers and the floor, and the fraction of the roofline"
+GPU_FIGURE = "gpu-runtime:figure"
+# The same for runs of whole models: by which files, and how.
+OF_GPUS: dict[str, tuple[str, Callable[[Results], str]]] = {
+    "gpu-runtime": ("*-runtime.json", runtime_tables.runtime_table),
+    "gpu-runtime:short": ("*-runtime.json", runtime_tables.short_table),
+    "gpu-runtime:ratios": ("*-runtime.json", runtime_tables.ratios_table),
+    "gpu-runtime:roofline": ("*-runtime.json", runtime_tables.roofline_table),
+    "gpu-runtime:memory": ("*-runtime.json", runtime_tables.memory_table),
+    "gpu-runtime:targets": ("*-runtime.json", runtime_tables.targets_table),
+    "gpu-runtime:agreement": ("*-runtime.json", runtime_tables.agreement_table),
+    "gpu-long-runs": ("*-long-runs.json", runtime_tables.long_runs_table),
+}
 
 
 def rendered(document: str, folder: Path = ROOT) -> str:
@@ -267,6 +282,12 @@ def rendered(document: str, folder: Path = ROOT) -> str:
     def block(match: re.Match[str]) -> str:
         if match[2] == GPU_KERNELS:
             parts = [f"{rendered_file(path, kernels_table)}\n\n{figure(path)}" for path in kernel_plots.of_gpus()]
+        elif match[2] == GPU_FIGURE:
+            text = "Milliseconds of a decode step and memory against the tokens before it, of this project, PyTorch and the teacher"
+            parts = [figure(path, text) for path in runtime_plots.of_gpus()]
+        elif match[2] in OF_GPUS:
+            pattern, render = OF_GPUS[match[2]]
+            parts = [rendered_file(path, render) for path in sorted(RESULTS.glob(pattern))]
         else:
             path = RESULTS / (match[2].partition(":")[0] + ".json")
             parts = [rendered_file(path, RENDERERS[match[2]])] if path.is_file() else []
@@ -277,10 +298,8 @@ def rendered(document: str, folder: Path = ROOT) -> str:
         source = f"{results['where']}; `{results['command']}`; [{path.name}]({os.path.relpath(path, folder)})"
         return f"{render(results)}\n\n{source}"
 
-    def figure(path: Path) -> str:
-        drawn = kernel_plots.figure_of(path)
-        text = "Latency of prefill and decode step beside the peers and the floor, and the fraction of the roofline"
-        return f"![{text}]({os.path.relpath(drawn, folder)})\n"
+    def figure(path: Path, text: str = KERNELS_FIGURE) -> str:
+        return f"![{text}]({os.path.relpath(kernel_plots.figure_of(path), folder)})\n"
 
     return BLOCK.sub(block, document)
 
@@ -304,7 +323,9 @@ def main() -> int:
                 path.write_text(rendered(text, path.parent), encoding="utf-8")
     if not options.check:
         kernel_plots.draw_stale()
-    differ += [str(kernel_plots.figure_of(path).relative_to(ROOT)) for path in kernel_plots.stale()]
+        runtime_plots.draw_stale()
+    undrawn = [*kernel_plots.stale(), *runtime_plots.stale()]
+    differ += [str(kernel_plots.figure_of(path).relative_to(ROOT)) for path in undrawn]
     if differ and options.check:
         sys.stderr.write(f"{', '.join(differ)} differ from benchmarks/results; run python benchmarks/tables.py\n")
     return 1 if differ and options.check else 0

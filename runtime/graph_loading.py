@@ -14,6 +14,7 @@ from mmm_export.errors import BundleError, OptionError
 from mmm_export.manifest import Manifest, TensorInfo
 from mmm_export.onnxruntime_support import LINEAR_ATTENTION_SINCE, has_linear_attention
 from mmm_export.operator_library import CPU_PROVIDER, CUDA_PROVIDER, register_library
+from mmm_export.runtime.cuda_libraries import check_uses_cuda, load_cuda_libraries
 from mmm_export.runtime.state_layout import state_layout
 
 _SUFFIX = "ExecutionProvider"
@@ -161,7 +162,10 @@ def open_graph(
     elif library is not None:
         register_library(options, library)
     path = folder / file
+    is_cuda = _provider_name(providers[0]) == CUDA_PROVIDER
     try:
+        if is_cuda:
+            load_cuda_libraries()
         with environment(manifest.environment):
             session = onnxruntime.InferenceSession(path, options, providers=list(providers))
     except BundleError:
@@ -173,6 +177,8 @@ def open_graph(
             wanted=f"a graph that onnxruntime {onnxruntime.__version__} runs with {', '.join(map(_provider_name, providers))}",
             hint="export the bundle again, or upgrade onnxruntime",
         ) from error
+    if is_cuda:
+        check_uses_cuda(session)
     graph = manifest.graphs[file]
     for actual, expected in ((session.get_inputs(), graph.inputs), (session.get_outputs(), graph.outputs)):
         found = {node.name: node for node in actual}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +21,20 @@ Array = NDArray[Any]
 class ParityRunner:
     """Runs a bundle or an engine for `mmm-export verify`. Use it as a context manager, or call `close`."""
 
-    def __init__(self, session: Session, backend: Backend) -> None:
+    def __init__(self, session: Session, backend: Backend, *, on: str | None = None) -> None:
+        """Drive a session and its backend; `on` names the execution provider for the report, None the CPU's."""
+        self._on = on
         self._session = session
         self._backend = backend
         self._types = {tensor.name: tensor.dtype for tensor in state_layout(session.manifest)}
 
     @classmethod
-    def open(cls, path: Path, *, kernels: str | Path = "auto") -> ParityRunner:
+    def open(cls, path: Path, *, kernels: str | Path = "auto", providers: Sequence[str] | None = None) -> ParityRunner:
         """Open a folder as `Session.open` does, which says what it raises."""
-        session = Session.open(path, kernels=kernels)
+        session = Session.open(path, kernels=kernels, providers=providers)
         backend = session._backend  # a verification looks below the session, into the states
         assert backend is not None
-        return cls(session, backend)
+        return cls(session, backend, on=providers[0] if providers else None)
 
     @property
     def manifest(self) -> Manifest | EngineManifest:
@@ -48,7 +51,7 @@ class ParityRunner:
         manifest = self._session.manifest
         if isinstance(manifest, EngineManifest):
             return f"{manifest.flavor} {manifest.tensorrt_version}"
-        return "ONNX Runtime"
+        return f"ONNX Runtime, {self._on}" if self._on else "ONNX Runtime"
 
     def reset(self) -> None:
         """Forget the context."""

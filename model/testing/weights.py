@@ -34,18 +34,18 @@ def tensor_blocks(spec: ModelSpec, name: str, shape: tensors.Shape, seed: int) -
     """Give the values of a tensor in row-major order, BLOCK_VALUES at a time."""
     count = math.prod(shape)
     if name.endswith(VECTORS):
-        yield _vector(name, shape, noise(seed, name, 0, count))
+        yield vector(name, shape, noise(seed, name, 0, count))
         return
-    gain = np.float32(_gain(spec, name, shape))
+    scale = np.float32(gain(spec, name, shape))
     delta_rows = count - spec.heads * shape[-1] if name.endswith(tensors.MAMBA_PROJECTION) else count
     for block, start in enumerate(range(0, count, BLOCK_VALUES)):
         values = noise(seed, name, block, min(BLOCK_VALUES, count - start))
-        values *= gain
+        values *= scale
         values[max(0, delta_rows - start) :] *= np.float32(0.5)  # the input moves delta, but does not drown dt_bias
         yield values
 
 
-def _vector(name: str, shape: tensors.Shape, raw: Values) -> Values:
+def vector(name: str, shape: tensors.Shape, raw: Values) -> Values:
     """Turn noise into one of the VECTORS: the values they start training from, each varied a little."""
     if name.endswith("A_log_bias"):
         values = 1.0 + 0.2 * raw  # A near -e
@@ -62,7 +62,7 @@ def _vector(name: str, shape: tensors.Shape, raw: Values) -> Values:
     return np.asarray(values, dtype=np.float32)
 
 
-def _gain(spec: ModelSpec, name: str, shape: tensors.Shape) -> float:
+def gain(spec: ModelSpec, name: str, shape: tensors.Shape) -> float:
     """Give the standard deviation of a matrix, table or bias."""
     if name.endswith(".bias"):
         return 0.1

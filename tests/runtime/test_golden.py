@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 
 from mmm_export import names
 from mmm_export.commands.verify import verify
-from mmm_export.errors import BundleError, PromptError
+from mmm_export.errors import BundleError, OptionError, PromptError
 from mmm_export.exporter.golden import read_golden, write_golden
 from mmm_export.manifest import read_manifest
 from mmm_export.runtime.parity_runner import floats
@@ -69,6 +69,20 @@ def test_bundle_is_held_to_pytorch_where_there_is_no_pytorch(bundle: Path) -> No
     assert "PyTorch fp32 -> ONNX Runtime: text" in done.stdout
     assert "greedy tokens: all 16 equal" in done.stdout
     assert "verdict: PASSED" in done.stdout
+
+
+def test_the_provider_of_a_bundle_is_the_one_asked_for_and_named_in_the_report(
+    linear: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(linear, "--provider", "cpu") == 0
+    assert "PyTorch fp32 -> ONNX Runtime, cpu: text" in capsys.readouterr().out
+    with pytest.raises(OptionError, match="no execution provider"):
+        run(linear, "--provider", "abacus")
+
+
+def test_a_provider_needs_golden_values(linear: Path, make_checkpoint: Callable[..., Path]) -> None:
+    with pytest.raises(click.UsageError, match="--provider needs golden values"):
+        run(linear, "--checkpoint", make_checkpoint("linear"), "--provider", "cpu")
 
 
 def test_engine_is_held_to_the_golden_file_that_it_carries(

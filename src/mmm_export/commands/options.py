@@ -24,10 +24,9 @@ def kernels_option(command: Command) -> Command:
     )(command)
 
 
-def inference_options(command: Command) -> Command:
-    """Give a command the options of whatever runs a bundle: --threads, --provider and --kernels, in this order."""
-    command = kernels_option(command)
-    command = click.option(
+def provider_option(command: Command) -> Command:
+    """Give a command the option --provider."""
+    return click.option(
         "--provider",
         "providers",
         multiple=True,
@@ -35,6 +34,11 @@ def inference_options(command: Command) -> Command:
         show_default="cpu",
         help="ONNX Runtime provider, such as cuda; repeatable.",
     )(command)
+
+
+def inference_options(command: Command) -> Command:
+    """Give a command the options of whatever runs a bundle: --threads, --provider and --kernels, in this order."""
+    command = provider_option(kernels_option(command))
     return click.option(
         "--threads", type=click.IntRange(min=1), metavar="THREADS", show_default="all cores", help="CPU threads."
     )(command)

@@ -10,7 +10,7 @@ import click
 from click.core import ParameterSource
 
 from mmm_export import names
-from mmm_export.commands.options import PATH, kernels_option
+from mmm_export.commands.options import PATH, kernels_option, provider_option
 from mmm_export.packages import missing_packages, require
 
 if TYPE_CHECKING:
@@ -46,13 +46,14 @@ if TYPE_CHECKING:
     metavar="TOKENS",
     help="Greedy tokens to compare after the prompt.",
 )
+@provider_option
 @kernels_option
 @click.option("--report", type=PATH, metavar="FILE", help="Also write the report as one HTML file, with plots.")
 def verify(bundle: Path, checkpoint: Path | None, golden: Path | None, **options: Any) -> int:
     """Compare a BUNDLE, or an engine, with the PyTorch model of its checkpoint, layer by layer.
 
     With --checkpoint PyTorch runs here. Without it, values that PyTorch computed before, from a golden file, take its place: their
-    prompts are fixed, and states, logits and tokens are compared, but not each layer's output.
+    prompts are fixed, and states, logits and tokens are compared, but not each layer's output. Only so --provider is taken.
 
     Compares embeddings, the output and states of every layer, logits, one long prefill against prefill and decode
     steps, and greedy tokens. Exit code 0 says that all are within their tolerances, 1 that something is not.
@@ -61,6 +62,7 @@ def verify(bundle: Path, checkpoint: Path | None, golden: Path | None, **options
     Examples:
       mmm-export verify build/bundle --checkpoint mmMamba-linear --report parity.html
       mmm-export verify build/engine
+      mmm-export verify build/bundle --provider cuda
     """
     from mmm_export import rendering
     from mmm_export.output import output_file
@@ -69,6 +71,8 @@ def verify(bundle: Path, checkpoint: Path | None, golden: Path | None, **options
         raise click.UsageError("give --checkpoint or --golden, not both")
     if options["report"] and find_spec("matplotlib") is None:
         raise missing_packages(["matplotlib"])
+    if checkpoint and options["providers"]:
+        raise click.UsageError("--provider needs golden values (mmm-export onnx --golden), not --checkpoint")
     if checkpoint:
         report = _against_checkpoint(bundle, checkpoint, options)
     else:
@@ -134,7 +138,8 @@ def _against_golden(folder: Path, golden: Path | None, options: dict[str, Any]) 
     path = golden or folder / names.GOLDEN_FILE
     values = read_golden(path, manifest)
     with progress.stage("check files and load"):
-        runner = ParityRunner.open(folder, kernels=options["kernels"])
+        providers = list(options["providers"]) or None
+        runner = ParityRunner.open(folder, kernels=options["kernels"], providers=providers)
     with runner:
         notes = [f"The scan was computed by {runner.kernels}."] if runner.kernels else []
         return verify_golden(folder, manifest, values, runner, origin=str(path), notes=notes, progress=progress)
