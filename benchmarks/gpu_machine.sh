@@ -54,7 +54,7 @@ run_tests() {
   [ ! -e "$BUILD_DIR/libmmm_onnxruntime.so" ] || export MMM_ONNXRUNTIME_LIBRARY="$BUILD_DIR/libmmm_onnxruntime.so"
   printf '%s\n' tests/gpu/test_*.py | xargs -P "$JOBS" -I {} bash -c '
     name=$(basename "{}" .py)
-    [ "$name" != test_onnxruntime_cuda ] || PYTHONPATH="$PYTHONPATH:${ONNXRUNTIME_GPU:-}"
+    case $name in test_onnxruntime_cuda | test_session_cuda) PYTHONPATH="${ONNXRUNTIME_GPU:+$ONNXRUNTIME_GPU:}$PYTHONPATH" ;; esac
     MMM_ERROR_TABLE="$1/$name.table" timeout -k 5 "${TEST_LIMIT:-120}" "$2" -m pytest -p no:cacheprovider -rfEs --tb=short \
       ${TEST_ARGS:-} "{}" >"$1/$name.log" 2>&1
     echo $? >"$1/$name.code"' _ "$logs" "$PYTHON"

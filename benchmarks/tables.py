@@ -183,6 +183,22 @@ def linear_table(results: Results) -> str:
     return _table(("weights, ms a step", "products", "chain", "cuBLAS, bf16", "faster", "floor"), rows)
 
 
+def profile_table(results: Results) -> str:
+    """Of each kind of kernel the time in which it was the last one running, in ms, and last the time in which none ran."""
+    works = list(dict.fromkeys(row["work"] for row in results["rows"]))
+    kinds = list(dict.fromkeys(row["kernels"] for row in results["rows"]))
+    found = {(row["work"], row["kernels"]): row for row in results["rows"]}
+
+    def cell(work: str, kind: str) -> str:
+        row = found.get((work, kind))
+        return f"{(row['path_us'] - row['idle_us']) / 1e3:.2f} ({row['count']})" if row else ""
+
+    rows = [(kind, *(cell(work, kind) for work in works)) for kind in kinds]
+    idle = [sum(row["idle_us"] for row in results["rows"] if row["work"] == work) for work in works]
+    rows.append(("no kernel runs", *(f"{total / 1e3:.2f}" for total in idle)))
+    return _table(("ms (kernels)", *works), rows)
+
+
 def cpu_kernels_table(results: Results) -> str:
     rows = [
         (
@@ -261,6 +277,7 @@ RENDERERS: dict[str, Callable[[Results], str]] = {
     "cpu-seeding": seeding_table,
     "h100-full-size-distillation": distillation_table,
     "h100-linear": linear_table,
+    "h100-runtime-profile": profile_table,
 }
 GPU_KERNELS = "gpu-kernels"  # stands for the result files of all GPUs
 KERNELS_FIGURE = "Latency of prefill and decode step beside the peers and the floor, and the fraction of the roofline"

@@ -21,7 +21,7 @@ class Cublas : public ForeignProduct {
 };
 
 // Fewer tokens than this, of plain and of integer weights, are left to our own kernels, which read a weight faster.
-constexpr int32_t kCublasTokens = 17, kCublasWidenedTokens = 64;
+constexpr int32_t kCublasTokens = 9, kCublasWidenedTokens = 64;
 
 }  // namespace mmm::ort
 

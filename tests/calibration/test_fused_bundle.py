@@ -26,7 +26,7 @@ PLAIN, INT8, INT4 = 0, 1, 2  # the attribute weight_format
 FORMS = pytest.mark.parametrize("form", ["int8-weights", "int4"])
 
 
-@pytest.fixture(scope="module", params=["linear", "hybrid"])
+@pytest.fixture(scope="module", params=["linear", pytest.param("hybrid", marks=pytest.mark.slow)])
 def bundle(
     request: pytest.FixtureRequest, make_checkpoint: Callable[..., Path], make_bundle: Callable[..., Path]
 ) -> Path:

@@ -71,6 +71,20 @@ def test_every_product_with_a_weight_is_one_node_with_its_norm_and_addition(
     assert before["Pow"] == 2 * layers + 1
 
 
+def test_scans_of_a_fused_bundle_may_read_their_states_early(
+    make_checkpoint: Callable[..., Path], make_bundle: Callable[..., Path]
+) -> None:
+    bundle = make_bundle(make_checkpoint("linear"), max_tokens=64, fuse=True)
+    graph = onnx.load(bundle / names.DECODER_FILE, load_external_data=False).graph
+    scans = [node for node in graph.node if node.op_type == names.OP_NAME]
+    given = {value.name for value in graph.input}
+    assert scans
+    for scan in scans:
+        # The promise is kept: what it reads early comes from outside, so no node before it writes that.
+        assert [a.i for a in scan.attribute if a.name == "overlap"] == [1]
+        assert set(scan.input[2:4]) <= given
+
+
 def test_the_weights_are_written_once_and_the_manifest_tells(
     make_checkpoint: Callable[..., Path], make_bundle: Callable[..., Path]
 ) -> None:
