@@ -2,7 +2,8 @@
 //   pass 1  what each segment but the last adds to the state, all segments at once
 //   pass 2  each segment's start state
 //   pass 3  each segment's output from its start state; the last one's end state
-// No flags, no atomics: deterministic, and safe to capture. On sm_90 and newer the passes overlap by programmatic launch.
+// No flags, no atomics: deterministic, and safe to capture. On sm_90 and newer the passes overlap by programmatic launch. Pairs of
+// heads of 128 have passes 1 and 3 of their own there (chunked_hopper.cu), and short prompts no passes at all (short.cu).
 #include "chunked_launch.cuh"
 #include "chunked_scan.cuh"
 #include "kernel_launch.cuh"
