@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Builds the kernels for the GPU of this machine, runs every check that needs one, and times them.
 #
-#   benchmarks/gpu_machine.sh                    all parts: build test memcheck racecheck bench
-#   benchmarks/gpu_machine.sh build test         some of them
+#   benchmarks/gpu_machine.sh                    all parts: build checks bench
+#   benchmarks/gpu_machine.sh build test         some of them; checks is test memcheck racecheck synccheck side by side
 #   PEERS=DIR benchmarks/gpu_machine.sh bench    with the peers' benchmark kit in DIR
 #   benchmarks/gpu_machine.sh build fullsize figure long    whole models of 2.7B parameters, random weights: numbers against the CPU,
 #                                                times beside PyTorch and the teacher, a million tokens; 16 GB of disk
@@ -25,7 +25,8 @@ JOBS=${JOBS:-4}
 export PYTHONPATH=src PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
 export MMM_KERNEL_LIBRARY=${MMM_KERNEL_LIBRARY:-$BUILD_DIR/libmmm_kernels.so}
 mkdir -p "$BUILD_DIR" "$OUT"
-parts=${*:-build test memcheck racecheck bench}
+parts=${*:-build checks bench}
+checks=(test memcheck racecheck synccheck)
 failed=() summary=()
 
 note() { # part, outcome, seconds
@@ -97,11 +98,30 @@ sanitize() { # tool
   return $code
 }
 
+# All of them at once: each is mostly one processor core, and none of them measures time.
+run_checks() {
+  local check code=0
+  for check in "${checks[@]}"; do
+    (
+      rm -f "$OUT/$check.code"
+      run_part "$check" >"$OUT/$check.out" 2>&1
+      echo $? >"$OUT/$check.code"
+    ) &
+  done
+  wait
+  for check in "${checks[@]}"; do
+    printf '\n#### %s: exit code %s\n' "$check" "$(cat "$OUT/$check.code")"
+    cat "$OUT/$check.out"
+    [ "$(cat "$OUT/$check.code")" = 0 ] || code=1
+  done
+  return $code
+}
+
 bench() {
   local options=() code
   [ -z "${PEERS:-}" ] || options+=(--peers "$PEERS")
   # shellcheck disable=SC2086
-  timeout -k 5 "${BENCH_LIMIT:-240}" "$PYTHON" benchmarks/kernels.py ${options[@]+"${options[@]}"} --results "$OUT" \
+  timeout -k 5 "${BENCH_LIMIT:-300}" "$PYTHON" benchmarks/kernels.py ${options[@]+"${options[@]}"} --results "$OUT" \
     ${BENCH_ARGS:-} 2>"$OUT/bench.err" | tee "$OUT/bench.txt"
   code=$?
   tail -n 30 "$OUT/bench.err" | cut -c 1-220
@@ -148,16 +168,21 @@ figure() {
 
 long() { whole_models benchmarks/long_runs.py "${LONG_SECONDS:-240}"; }
 
+run_part() {
+  case $1 in
+    build) build ;;
+    checks) run_checks ;;
+    test) run_tests ;;
+    memcheck | racecheck | initcheck | synccheck) sanitize "$1" ;;
+    bench | fullsize | figure | long) "$1" ;;
+    *) echo "unknown part; wanted build, checks, test, memcheck, racecheck, synccheck, bench, fullsize, figure, long" && false ;;
+  esac
+}
+
 for part in $parts; do
   begin=$SECONDS
   printf '\n######## %s\n' "$part"
-  case $part in
-    build) build ;;
-    test) run_tests ;;
-    memcheck | racecheck | initcheck | synccheck) sanitize "$part" ;;
-    bench | fullsize | figure | long) "$part" ;;
-    *) echo "unknown part; wanted build, test, memcheck, racecheck, bench, fullsize, figure, long" && false ;;
-  esac && outcome=ok || outcome=FAILED
+  run_part "$part" && outcome=ok || outcome=FAILED
   note "$part" $outcome $((SECONDS - begin))
 done
 

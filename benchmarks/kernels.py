@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -89,10 +90,9 @@ def run_part(options: argparse.Namespace) -> None:
                     note(row)
 
 
-def run_parts(parts: list[str], arguments: list[str], budget_s: float) -> list[Row]:
-    """Run each part in a watched child process and return all rows, whatever the parts came to."""
+def run_parts(parts: list[str], arguments: list[str], budget_s: float) -> Iterator[list[Row]]:
+    """Run each part in a watched child process and yield its rows, whatever it came to."""
     begin = time.monotonic()
-    rows: list[Row] = []
     for part in parts:
         left = budget_s - (time.monotonic() - begin)
         if left < 5:
@@ -108,9 +108,8 @@ def run_parts(parts: list[str], arguments: list[str], budget_s: float) -> list[R
                     os.killpg(child.pid, signal.SIGKILL)
                     outcome = "stopped at its time limit"
             found = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
-            rows += found
         sys.stderr.write(f"{part}: {outcome}, {len(found)} rows, {time.monotonic() - started:.0f} s\n")
-    return rows
+        yield found
 
 
 def merge(rows: list[Row]) -> list[Row]:
@@ -209,11 +208,18 @@ def main() -> int:
     if path.is_dir():
         path /= f"{short}-kernels.json"
     kept = json.loads(path.read_text(encoding="utf-8"))["rows"] if options.update and path.is_file() else []
-    rows = merge(kept + run_parts(parts, sys.argv[1:], options.budget))
-    if rows and (options.results or short != "dry"):
-        what = "The mixer of one layer of mmMamba: this project's kernels, the peers' and the roofline, microseconds a layer"
-        write_results(path, what, rows, where=where)
-        sys.stderr.write(f"wrote {path}\n")
+    what = (
+        "The mixer of one layer of mmMamba: this project's kernels, the peers' and the roofline, microseconds a layer"
+    )
+    rows = merge(kept)
+    for found in run_parts(parts, sys.argv[1:], options.budget):
+        kept += found
+        rows = merge(kept)
+        if rows and (
+            options.results or short != "dry"
+        ):  # after each part: one that breaks the machine costs its own rows
+            write_results(path, what, rows, where=where)
+            sys.stderr.write(f"wrote {path}\n")
     sys.stdout.write("\n".join([where, *table(rows)]) + "\n")
     return 0 if any("ours_us" in row for row in rows) or "ceil" in parts[:1] else 1
 

@@ -10,14 +10,15 @@ from pathlib import Path
 
 from mmm_export.errors import BuildError, OptionError
 
-# Compute capability: oldest CUDA release whose nvcc has it. 80 is the first with bf16 matrix instructions and asynchronous copies.
+# Compute capability: oldest CUDA release whose nvcc has it (of 90: its matrix instructions, sm_90a). 80 is the first with bf16
+# matrix instructions and asynchronous copies.
 OLDEST_CUDA: dict[int, tuple[int, int]] = {
     80: (11, 0),
     86: (11, 1),
     87: (11, 4),
     88: (13, 0),
     89: (11, 8),
-    90: (11, 8),
+    90: (12, 0),
     100: (12, 8),
     103: (12, 9),
     110: (13, 0),

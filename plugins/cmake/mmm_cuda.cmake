@@ -48,15 +48,12 @@ function(mmm_compile_cuda variable)
   if(CMAKE_CROSSCOMPILING) # nvcc would look in its folder for the other machine, which few toolkits have
     list(APPEND flags -I${MMM_CUDA_INCLUDE_DIR})
   endif()
-  if(MMM_WARPGROUPS)
-    list(APPEND flags -DMMM_WARPGROUPS=1)
-  endif()
   foreach(definition IN LISTS MMM_DEFINITIONS)
     list(APPEND flags -D${definition})
   endforeach()
   foreach(architecture IN LISTS MMM_CUDA_ARCHITECTURES)
     set(target ${architecture})
-    if(MMM_WARPGROUPS AND architecture EQUAL 90) # the warpgroup's matrix units exist on 9.0 alone, under a name of their own
+    if(architecture EQUAL 90) # the matrix units of a warpgroup exist on 9.0 alone, under a name of their own
       set(target 90a)
     endif()
     list(APPEND flags -gencode arch=compute_${target},code=sm_${target})

@@ -2,14 +2,12 @@
 //   pass 1  what each segment but the last adds to the state, all segments at once
 //   pass 2  each segment's start state
 //   pass 3  each segment's output from its start state; the last one's end state
-// No flags, no atomics: deterministic, and safe to capture. On sm_90 and newer the passes overlap by programmatic launch.
-#include <atomic>
-
-#include "chunked_scan.cuh"
-#include "launch.h"
-#ifdef MMM_WARPGROUPS
+// No flags, no atomics: deterministic, and safe to capture. On sm_90 and newer the passes overlap by programmatic launch. Pairs of
+// heads of 128 have passes 1 and 3 of their own there (chunked_hopper.cu), and short prompts no passes at all (short.cu).
 #include "chunked_launch.cuh"
-#endif
+#include "chunked_scan.cuh"
+#include "kernel_launch.cuh"
+#include "launch.h"
 
 namespace mmm {
 namespace {
@@ -19,8 +17,8 @@ constexpr int64_t kMostSegments = 320;
 
 template <typename Element, class C>
 __global__ void __launch_bounds__(C::THREADS) chunked_kernel(const __grid_constant__ ChunkedArgs args) {
-#if __CUDA_ARCH__ < 900 || __CUDA_ARCH__ >= 1200
-  if constexpr (C::HEADS > 1) return;  // never launched there: a block has less shared memory
+#if __CUDA_ARCH__ < 1000 || __CUDA_ARCH__ >= 1200
+  if constexpr (C::HEADS > 1) return;  // never launched there: a block has less shared memory, or chunked_hopper.cu does it
 #endif
   extern __shared__ __align__(16) unsigned char memory[];
   auto& shared = *reinterpret_cast<typename C::Shared*>(memory);
@@ -102,13 +100,16 @@ __global__ void __launch_bounds__(C::THREADS) chunked_kernel(const __grid_consta
 }
 
 // Pass 2: what segments add -> their start states, in place. A thread owns 4 entries of a head's state; grid (P*N/512, B*H).
+// FRAGMENTS: segments lie in the order of chunked_hopper.cuh, else as the state itself.
+template <bool FRAGMENTS>
 __global__ void __launch_bounds__(128) start_states(const __grid_constant__ ChunkedArgs args, int state_entries) {
-  constexpr int kAhead = 8;  // segments loaded before the first is used
+  constexpr int kAhead = 16;  // segments loaded before the first is used
   const int head = blockIdx.y, entry = (blockIdx.x * 128 + threadIdx.x) * 4;
   const int filled = max(1, (args.length(head / args.heads) + args.segment_tokens - 1) / args.segment_tokens);
   let_next_kernel_start();
-  const int64_t at = static_cast<int64_t>(head) * state_entries + entry;
-  const float2 low = load_state(args.ssm_state, args.state_dtype, at), high = load_state(args.ssm_state, args.state_dtype, at + 2);
+  const int64_t state = static_cast<int64_t>(head) * state_entries;
+  const int64_t at = state + (FRAGMENTS ? fragment_entry(entry / 4) : entry), next = at + (FRAGMENTS ? 8 * 128 : 2);
+  const float2 low = load_state(args.ssm_state, args.state_dtype, at), high = load_state(args.ssm_state, args.state_dtype, next);
   float4 carry = make_float4(low.x, low.y, high.x, high.y);
   float* const states = args.segment_states + static_cast<int64_t>(head) * args.segments * state_entries + entry;
   const float* const decays = args.segment_decays + static_cast<int64_t>(head) * args.segments;
@@ -134,52 +135,22 @@ __global__ void __launch_bounds__(128) start_states(const __grid_constant__ Chun
   }
 }
 
-template <typename... Args>
-cudaError_t launch(void (*kernel)(Args...), dim3 grid, int threads, size_t shared, cudaStream_t stream, bool overlap,
-                   const ChunkedArgs& args, int more = -1) {
-  cudaLaunchConfig_t config = {};
-  config.gridDim = grid, config.blockDim = dim3(threads), config.dynamicSmemBytes = shared, config.stream = stream;
-  cudaLaunchAttribute attribute;
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  config.attrs = &attribute, config.numAttrs = overlap ? 1 : 0;
-  if constexpr (sizeof...(Args) == 1)
-    return cudaLaunchKernelEx(&config, kernel, args);
-  else
-    return cudaLaunchKernelEx(&config, kernel, args, more);
-}
-
-// Raise a kernel's limit of shared memory once for each device.
-template <typename Element, class C>
-cudaError_t allow_shared_memory() {
-  static std::atomic<uint64_t> done{0};
-  int device = 0;
-  cudaError_t error = cudaGetDevice(&device);
-  const uint64_t bit = 1ull << (device & 63);
-  if (error != cudaSuccess || done.load(std::memory_order_relaxed) & bit) return error;
-  error = cudaFuncSetAttribute(chunked_kernel<Element, C>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                               static_cast<int>(sizeof(typename C::Shared)));
-  if (error == cudaSuccess) done.fetch_or(bit, std::memory_order_relaxed);
-  return error;
-}
-
 template <typename Element, int D, int HEADS, int TAPS>
 cudaError_t run(ChunkedArgs& args, int batch, cudaStream_t stream, const Device& device) {
   using Pass1 = Chunked<Element, D, HEADS, TAPS, true>;
   using Pass3 = Chunked<Element, D, HEADS, TAPS, false>;
-  const bool overlap = device.major >= 9;
-  cudaError_t error = allow_shared_memory<Element, Pass3>();
-  if (error == cudaSuccess && args.segments > 1) {
-    error = allow_shared_memory<Element, Pass1>();
+  constexpr auto pass1 = chunked_kernel<Element, Pass1>, pass3 = chunked_kernel<Element, Pass3>;
+  const dim3 blocks(args.segments, args.heads / HEADS, batch), but_last(args.segments - 1, args.heads / HEADS, batch);
+  const bool overlap = device.major >= 9, cut = args.segments > 1;
+  cudaError_t error = allow_shared_memory<pass3>(sizeof(typename Pass3::Shared));
+  if (error == cudaSuccess && cut) {
+    error = allow_shared_memory<pass1>(sizeof(typename Pass1::Shared));
     if (error == cudaSuccess)
-      error = launch(chunked_kernel<Element, Pass1>, dim3(args.segments - 1, args.heads / HEADS, batch), Pass1::THREADS,
-                     sizeof(typename Pass1::Shared), stream, false, args);
-    if (error == cudaSuccess)
-      error = launch(start_states, dim3(D * D / 512, batch * args.heads), 128, 0, stream, overlap, args, D * D);
+      error = launch(pass1, {but_last, Pass1::THREADS, sizeof(typename Pass1::Shared), stream}, args);
+    if (error == cudaSuccess) error = launch_start_states(args, D * D, batch, stream, overlap, false);
   }
   if (error != cudaSuccess) return error;
-  return launch(chunked_kernel<Element, Pass3>, dim3(args.segments, args.heads / HEADS, batch), Pass3::THREADS,
-                sizeof(typename Pass3::Shared), stream, overlap && args.segments > 1, args);
+  return launch(pass3, {blocks, Pass3::THREADS, sizeof(typename Pass3::Shared), stream, overlap && cut}, args);
 }
 
 template <typename Element, int TAPS>
@@ -200,11 +171,11 @@ int heads_per_block(const mmm_scan_shape& shape, const Device& device) {
 
 }  // namespace
 
-#ifdef MMM_WARPGROUPS
-cudaError_t launch_start_states(const ChunkedArgs& args, int state_entries, int batch, cudaStream_t stream, bool overlap) {
-  return launch(start_states, dim3(state_entries / 512, batch * args.heads), 128, 0, stream, overlap, args, state_entries);
+cudaError_t launch_start_states(const ChunkedArgs& args, int state_entries, int batch, cudaStream_t stream, bool overlap,
+                                bool fragments) {
+  const Launch how = {dim3(state_entries / 512, batch * args.heads), 128, 0, stream, overlap};
+  return launch(fragments ? start_states<true> : start_states<false>, how, args, state_entries);
 }
-#endif
 
 bool chunked_supports(const mmm_scan_shape& shape) {
   return (shape.io_dtype == MMM_FLOAT16 || shape.io_dtype == MMM_BFLOAT16) && shape.head_dim == shape.state_dim &&
@@ -212,9 +183,10 @@ bool chunked_supports(const mmm_scan_shape& shape) {
 }
 
 uint64_t chunked_workspace(const mmm_scan_shape& shape) {
-  const int64_t chunks = chunks_of(shape.tokens);
-  if (chunks <= 1) return 0;
+  int64_t chunks = chunks_of(shape.tokens);
+  if (chunks < 2) chunks = shape.head_dim == 128 ? 2 : 0;  // one segment needs none, but run_short does
   const int64_t rows = static_cast<int64_t>(shape.batch) * shape.heads;
+  if (chunks == 0) return 0;
   const int64_t states = rows > kMostSegments / chunks ? kMostSegments : rows * chunks;
   return static_cast<uint64_t>(states) * (shape.head_dim * shape.state_dim + 1) * sizeof(float);
 }
@@ -247,9 +219,12 @@ cudaError_t launch_chunked(const mmm_scan_args& call, const Device& device) {
   args.segment_decays = args.segment_states + rows * args.segments * shape.head_dim * shape.state_dim;
 
   const auto stream = static_cast<cudaStream_t>(call.stream);
-#ifdef MMM_WARPGROUPS
-  if (together == 2 && device.major == 9) return run_warpgroups(args, shape.io_dtype == MMM_FLOAT16, shape.batch, stream);
-#endif
+  const bool half = shape.io_dtype == MMM_FLOAT16;
+  const bool is_short = chunks <= kMostShortChunks && short_blocks(shape) <= device.multiprocessors &&
+                        short_workspace(shape) <= call.workspace_bytes;
+  if (device.major == 9 && shape.head_dim == 128 && call.segments <= 0 && is_short)
+    return run_short(args, call.workspace, half, shape.batch, stream);
+  if (together == 2 && device.major == 9) return run_warpgroups(args, half, shape.batch, stream);
   const bool narrow = shape.conv_width == 2;
   if (shape.io_dtype == MMM_FLOAT16)
     return narrow ? run_sizes<__half, 2>(args, shape.head_dim, together, shape.batch, stream, device)

@@ -13,77 +13,25 @@
 // prologue and state traffic in each pass.
 #pragma once
 
-#include "chunked_scan.cuh"
-#include "warpgroup.cuh"
+#include "chunked_hopper_rows.cuh"
 
 namespace mmm {
 
-// What the 64 deltas of a chunk mean, as Decays; two chunks' lie in shared memory.
-struct alignas(16) ChunkDecays {
-  float decay[kChunk], arrival[kChunk], weight[kChunk];
-  float from_start[kChunk];  // exp2(decay)
-  float end;                 // decay[kChunk - 1]
-};
-
-template <typename Element, bool STATE_ONLY_>
-struct Warpgroups {
-  static constexpr bool STATE_ONLY = STATE_ONLY_, STAGED = true;
-  static constexpr int D = 128, HEADS = 2, TAPS = 2, HALO = 1, BANDS = 1, COLUMNS = 2;
-  static constexpr int WARPS = 8, HEAD_THREADS = 256, THREADS = 512, UNITS = 16;
-  static constexpr int TILES = STATE_ONLY ? 2 : 4;      // k, v, q of each head
-  static constexpr int STAGES = STATE_ONLY ? 2 : 1;     // of raw rows and tiles
-  static constexpr int ROWS = kChunk * TILES / 16;      // rows that a thread convolves
-  static constexpr int TILE_BYTES = 2 * kChunk * kTileRow;
-
-  struct Tile {
-    uint4 units[TILE_BYTES / 16];  // two swizzled tiles of 64 columns
-  };
-  struct Head {
-    ChunkDecays decays[2];
-    float squares[STATE_ONLY ? 1 : WARPS][STATE_ONLY ? 1 : kChunk];  // each warp's part of a token's sum of squares
-    float dt_bias, rate;
-  };
-  struct Shared {
-    Tile tiles[STAGES][TILES];
-    uint4 mask[HEADS][STATE_ONLY ? 1 : kChunk * 8];          // (q k^T) decayed, below the diagonal; a swizzled tile
-    uint4 gate[2][2 * HEADS][STATE_ONLY ? 1 : kChunk * 8];   // two chunks', each warpgroup's 64 columns; then y
-    uint4 raw[STAGES][TILES][kChunk + HALO][UNITS];
-    float4 taps[TAPS + 1][TILES][2][UNITS];
-    float norm_weight[STATE_ONLY ? 1 : D];
-    Head head[HEADS];
-  };
-};
-
 template <typename Element, class C>
-struct WarpgroupScan : ChunkedScan<Element, C> {
-  using Base = ChunkedScan<Element, C>;
+struct WarpgroupScan : WarpgroupRows<Element, C> {
+  using Base = WarpgroupRows<Element, C>;
   using Shared = typename C::Shared;
   using M = Matrix<Element>;
   using W = WarpgroupMatrix<Element>;
   using Base::args, Base::shared, Base::place, Base::group, Base::warp, Base::lane, Base::row, Base::column, Base::head,
-      Base::channels, Base::raw_dt, Base::total;
-  static constexpr int D = C::D, STAGE_BYTES = sizeof(Shared::raw) / C::STAGES;
+      Base::total, Base::thread, Base::across;
+  using Base::own, Base::warpgroup, Base::head_barrier, Base::warpgroup_barrier, Base::locate, Base::gate_unit, Base::copy_rows,
+      Base::copy_gate, Base::more_than;
+  static constexpr int D = C::D;
 
   float S[64];  // 4j + e: entry e of the fragment in columns 8j.. of rows 16 * warp + row (+8)
-  int across;  // byte offset in a 64-wide tile of the unit that this lane names when 16 x 16 fragments are read across rows
 
-  int thread;
-
-  __device__ __forceinline__ WarpgroupScan(const ChunkedArgs& args, Shared& shared) : Base(args, shared) { locate(); }
-
-  // Derive the thread's place anew. Called in the loop over chunks, so that what follows from it is computed where it is used:
-  // the compiler would otherwise do so before the loop, and spill what the registers cannot hold.
-  __device__ __forceinline__ void locate() {
-    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
-    lane = thread % 32, warp = thread / 32 % 8, group = thread / 256;
-    row = lane / 4, column = lane % 4 * 2, head = place.head + group;
-    across = tile_offset(lane % 8 + lane / 16 * 8, warp % 4 * 2 + lane / 8 % 2);
-  }
-
-  __device__ __forceinline__ typename C::Head& own() const { return shared.head[group]; }
-  __device__ __forceinline__ int warpgroup() const { return warp / 4; }  // of this head
-  __device__ __forceinline__ void head_barrier() const { barrier(1 + group, C::HEAD_THREADS); }
-  __device__ __forceinline__ void warpgroup_barrier() const { barrier(3 + thread / 128, 128); }
+  using Base::Base;
 
   // The loops are written out for float32: a choice of type for each element would be 64 branches.
   __device__ __forceinline__ void load_start(const void* state, int dtype, int64_t index) {
@@ -119,86 +67,8 @@ struct WarpgroupScan : ChunkedScan<Element, C> {
     }
   }
 
-  // Start the copies of the next chunk's raw rows, and of the row before it; zeros past the row's length.
-  __device__ __forceinline__ void copy_rows(int number) const {
-    const int unit = thread % C::UNITS, r = thread / C::UNITS, begin = place.begin + number * kChunk;
-    const int left = place.length - begin - r;
-    const uint32_t stage = shared_address(&shared.raw[0][0][0][unit]) + number % C::STAGES * STAGE_BYTES;
-    const int pitch = static_cast<int>(args.token_stride) * 2;  // bytes
-    const char* const base = static_cast<const char*>(args.projected) +
-                             (place.batch * args.batch_stride + static_cast<int64_t>(begin) * args.token_stride) * 2 + unit * 16;
-    const char *const upper = base + r * pitch, *const lower = upper + 32 * pitch;
-#pragma unroll
-    for (int tile = 0; tile < C::TILES; tile++) {
-      const int offset = tile_channel<C>(args, place, tile) * 2;
-      const uint32_t target = stage + (tile * (kChunk + 1) + 1 + r) * C::UNITS * 16;
-      copy_async(target, upper + offset, 0 < left);
-      copy_async(target + 32 * C::UNITS * 16, lower + offset, 32 < left);
-    }
-    if (r >= C::TILES) return;
-    if (begin == 0)
-      shared.raw[0][r][0][unit] = raw_unit<Element>(args, place.batch, channels, tile_channel<C>(args, place, r) + unit * 8, -1);
-    else
-      copy_async(stage + r * (kChunk + 1) * C::UNITS * 16, base - pitch + tile_channel<C>(args, place, r) * 2, true);
-  }
-
-  // delta of the chunk whose dt were prefetched, two tokens a lane, and their decays summed up; warp 0 of the head.
-  __device__ __forceinline__ void prepare_decays(ChunkDecays& decays) {
-    if (warp != 0) return;
-    const float bias = own().dt_bias, rate = own().rate;
-    float delta[2];
-#pragma unroll
-    for (int i = 0; i < 2; i++) {
-      const float x = raw_dt[i] + bias;
-      delta[i] = x > 20.f ? x : log1pf(__expf(x));
-    }
-    const float first = delta[0] * rate, both = first + delta[1] * rate;
-    float sum = both;
-#pragma unroll
-    for (int o = 1; o < 32; o <<= 1) {
-      const float before = __shfl_up_sync(~0u, sum, o);
-      if (lane >= o) sum += before;
-    }
-    const float end = __shfl_sync(~0u, sum, 31);
-    const float2 decay = make_float2(sum - both + first, sum);
-    const float2 arrival = make_float2(decay.x - __log2f(delta[0]), decay.y - __log2f(delta[1]));
-    *reinterpret_cast<float2*>(&decays.decay[2 * lane]) = decay;
-    *reinterpret_cast<float2*>(&decays.arrival[2 * lane]) = arrival;
-    *reinterpret_cast<float2*>(&decays.weight[2 * lane]) = make_float2(exp2_fast(end - arrival.x), exp2_fast(end - arrival.y));
-    *reinterpret_cast<float2*>(&decays.from_start[2 * lane]) = make_float2(exp2_fast(decay.x), exp2_fast(decay.y));
-    if (lane == 0) decays.end = end;
-  }
-
-  // Convolve the chunk: a quarter (pass 1: half) of the threads make one tile, 4 channels of ROWS rows each.
-  __device__ __forceinline__ void convolve(int stage) const {
-    constexpr int TILE_THREADS = C::THREADS / C::TILES;
-    const int tile = thread / TILE_THREADS, local = thread % TILE_THREADS;
-    const int unit = local % 32 / 2, half = local % 2, first = local / 32 * C::ROWS;
-    float taps[3][4], before[4];
-#pragma unroll
-    for (int tap = 0; tap < 3; tap++) *reinterpret_cast<float4*>(taps[tap]) = shared.taps[tap][tile][half][unit];
-    const uint2* const raw = reinterpret_cast<const uint2*>(&shared.raw[stage][tile][first][unit]) + half;
-    unsigned char* const target =
-        reinterpret_cast<unsigned char*>(&shared.tiles[stage][tile]) + unit / 8 * kChunk * kTileRow + half * 8;
-#pragma unroll
-    for (int r = 0; r <= C::ROWS; r++) {
-      const uint2 packed = raw[r * C::UNITS * 2];
-      const float2 low = M::unpack(packed.x), high = M::unpack(packed.y);
-      const float current[4] = {low.x, low.y, high.x, high.y};
-      if (r > 0) {
-        float sum[4];
-#pragma unroll
-        for (int i = 0; i < 4; i++) sum[i] = silu_of_double(fmaf(taps[1][i], current[i], fmaf(taps[0][i], before[i], taps[2][i])));
-        *reinterpret_cast<uint2*>(target + tile_offset(first + r - 1, unit % 8)) =
-            make_uint2(M::pack(sum[0], sum[1]), M::pack(sum[2], sum[3]));
-      }
-#pragma unroll
-      for (int i = 0; i < 4; i++) before[i] = current[i];
-    }
-  }
-
-  // M = (q k^T) o decays: the 32 columns of this warpgroup into the head's mask. Meanwhile warp 0 prepares the next chunk's decays.
-  __device__ __forceinline__ void mask_product(const ChunkDecays& decays, int number) {
+  // M = (q k^T) o decays: the 32 columns of this warpgroup into the head's mask.
+  __device__ __forceinline__ void mask_product(const ChunkDecays& decays) {
     float m[16] = {};
     const uint64_t q = tile_descriptor(shared_address(&shared.tiles[0][2 + group]));
     const uint64_t k = tile_descriptor(shared_address(&shared.tiles[0][0]) + warpgroup() * 32 * kTileRow);
@@ -209,7 +79,6 @@ struct WarpgroupScan : ChunkedScan<Element, C> {
       W::tiles_32(m, q + step, k + step, kk > 0);
     }
     commit_products();
-    prepare_next(number);
     wait_products<0>();
     pin(m);
     const int i = warp % 4 * 16 + row;
@@ -262,7 +131,8 @@ struct WarpgroupScan : ChunkedScan<Element, C> {
   __device__ __forceinline__ void add_within_chunk(const ChunkDecays& decays, float (&y)[32]) {
 #pragma unroll
     for (int n = 0; n < 8; n++) {
-      const float2 d = *reinterpret_cast<const float2*>(&decays.from_start[n * 8 + column]);
+      const float2 decay = *reinterpret_cast<const float2*>(&decays.decay[n * 8 + column]);
+      const float2 d = make_float2(exp2_fast(decay.x), exp2_fast(decay.y));
       y[4 * n] *= d.x, y[4 * n + 1] *= d.y, y[4 * n + 2] *= d.x, y[4 * n + 3] *= d.y;
     }
     const uint64_t v = tile_descriptor(shared_address(&shared.tiles[0][1]) + warpgroup() * kChunk * kTileRow);
@@ -298,22 +168,6 @@ struct WarpgroupScan : ChunkedScan<Element, C> {
 #pragma unroll
     for (int kk = 0; kk < 4; kk++) W::held_across_128(S, a[kk], k + (kk * 16 * kTileRow >> 4));
     commit_products();
-  }
-
-  // This thread's 16-byte units of the gate's tile, and of y: unit threadIdx % 8 of rows threadIdx % 128 / 8, + 16, ...
-  __device__ __forceinline__ uint4* gate_unit(int number) const {
-    const int t = thread % 128;
-    return &shared.gate[number % 2][thread / 128][t / 8 * 8 + (t % 8 ^ (t / 8 & 7))];
-  }
-  __device__ __forceinline__ void copy_gate(int number) const {
-    const int r = thread % 128 / 8, begin = place.begin + number * kChunk, left = place.length - begin - r;
-    const int pitch = static_cast<int>(args.token_stride) * 2;  // bytes
-    const char* const from = static_cast<const char*>(args.projected) +
-                             (place.batch * args.batch_stride + static_cast<int64_t>(begin) * args.token_stride) * 2 + r * pitch +
-                             (channels + head * D + warpgroup() * 64 + thread % 8 * 8) * 2;
-    const uint32_t target = shared_address(gate_unit(number));
-#pragma unroll
-    for (int i = 0; i < 4; i++) copy_async(target + i * 16 * kTileRow, from + i * 16 * pitch, i * 16 < left);
   }
 
   // Of 2 * HALF sums keep those that this lane, and give the others to the one that keeps them.
@@ -361,8 +215,8 @@ struct WarpgroupScan : ChunkedScan<Element, C> {
         if (e % 2 == 0) s0 = __shfl_sync(~0u, scale.x, 4 * n + lane % 4), s1 = __shfl_sync(~0u, scale.y, 4 * n + lane % 4);
         const float weight = e % 2 ? lower_weight : upper_weight;
         const float2 gate = M::unpack(fragment[e]);
-        fragment[e] = M::pack(y[4 * n + 2 * (e % 2)] * s0 * weight * silu_of_double(0.5f * gate.x),
-                              y[4 * n + 2 * (e % 2) + 1] * s1 * weight * silu_of_double(0.5f * gate.y));
+        fragment[e] = M::pack(y[4 * n + 2 * (e % 2)] * s0 * weight * silu_of_double<Element>(0.5f * gate.x),
+                              y[4 * n + 2 * (e % 2) + 1] * s1 * weight * silu_of_double<Element>(0.5f * gate.y));
       }
       store_matrices_transposed(target + i * 16 * kTileRow, fragment);
     }
@@ -381,44 +235,12 @@ struct WarpgroupScan : ChunkedScan<Element, C> {
       if (t + i * 16 < args.tokens) *reinterpret_cast<uint4*>(out + i * 16 * pitch) = done[i * 16 * 8];
   }
 
-  __device__ __forceinline__ bool more_than(int number) const { return place.begin + number * kChunk < place.end; }
-
-  // Decays of the chunk after `number`, and the dt of the one after that.
-  __device__ __forceinline__ void prepare_next(int number) {
-    if (!more_than(number + 1)) return;
-    prepare_decays(own().decays[(number + 1) % 2]);
-    this->prefetch_dt(place.begin + (number + 2) * kChunk);
-  }
-
-  // The start of everything: dt of the first two chunks, taps, weights.
-  __device__ __forceinline__ void prepare() {
-    this->prefetch_dt(place.begin);
-    load_taps<C>(shared, args, place);
-    if (!C::STATE_ONLY && thread < D) shared.norm_weight[thread] = args.norm_weight[thread];
-    if (warp != 0) return;
-    own().dt_bias = args.dt_bias[head], own().rate = -expf(args.A_log[head]) * 1.4426950408889634f;
-    __syncwarp();
-    prepare_decays(own().decays[0]);
-    this->prefetch_dt(place.begin + kChunk);
-  }
-
-  // Tiles of the chunk whose raw rows were copied before the last PENDING groups of copies.
-  template <int PENDING>
-  __device__ __forceinline__ void make_tiles(int stage) {
-    wait_copies<PENDING>();
-    locate();
-    __syncthreads();   // ... everybody's; and the tiles that the convolution writes are no longer read
-    convolve(stage);
-    publish_to_matrix_units();
-    __syncthreads();
-  }
-
   // y of the chunk whose tiles are ready, and the state after it.
   __device__ __forceinline__ void output(int number) {
     locate();
-    const ChunkDecays& decays = own().decays[number % 2];
+    const ChunkDecays& decays = own().decays[number % C::AHEAD];
     float y[32];
-    mask_product(decays, number);
+    mask_product(decays);
     locate();
     if (more_than(number + 1)) copy_rows(number + 1), copy_gate(number + 1);
     locate();
@@ -453,15 +275,32 @@ struct WarpgroupScan : ChunkedScan<Element, C> {
   __device__ __forceinline__ void finish_empty() {
     this->clear_padding(place.begin);
     if (place.segment > 0) return;
-    const bool cut = args.segments > 1;
-    load_start(cut ? args.segment_states : args.ssm_state, cut ? MMM_FLOAT32 : args.state_dtype,
-               cut ? this->segment_index() : this->state_index());
+    if (args.segments > 1)
+      load_segment();
+    else
+      load_start(args.ssm_state, args.state_dtype, this->state_index());
     store_end(args.ssm_state_out, args.state_dtype, this->state_index());
     this->write_conv_state();
   }
 
+  // Of this segment in the workspace, in the order of fragment_entry: a warp writes and reads whole lines.
+  __device__ __forceinline__ float4* segment_state() const {
+    const int64_t segment = (static_cast<int64_t>(place.batch) * args.heads + head) * args.segments + place.segment;
+    return reinterpret_cast<float4*>(args.segment_states + segment * D * D) + thread % C::HEAD_THREADS;
+  }
+  __device__ __forceinline__ void load_segment() {
+    const float4* const from = segment_state();
+#pragma unroll
+    for (int j = 0; j < 16; j++) {
+      const float4 four = __ldcg(from + j * C::HEAD_THREADS);
+      S[4 * j] = four.x, S[4 * j + 1] = four.y, S[4 * j + 2] = four.z, S[4 * j + 3] = four.w;
+    }
+  }
   __device__ __forceinline__ void store_segment() const {
-    store_end(args.segment_states, MMM_FLOAT32, this->segment_index());
+    float4* const to = segment_state();
+#pragma unroll
+    for (int j = 0; j < 16; j++)
+      to[j * C::HEAD_THREADS] = make_float4(S[4 * j], S[4 * j + 1], S[4 * j + 2], S[4 * j + 3]);
     if (warp == 0 && lane == 0)
       args.segment_decays[(static_cast<int64_t>(place.batch) * args.heads + head) * args.segments + place.segment] = total;
   }

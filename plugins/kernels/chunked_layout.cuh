@@ -28,6 +28,13 @@ struct ChunkedArgs {
   }
 };
 
+// Where in a 128 x 128 state the first two of four entries belong that lie together in a segment's state of chunked_hopper.cuh; the
+// other two are eight rows below. There, and so in memory, 256 threads have 16 such fours each: `four` / 256 is a thread's own number.
+__device__ __forceinline__ int fragment_entry(int four) {
+  const int warp = four % 256 / 32, lane = four % 32;
+  return (warp * 16 + lane / 4) * 128 + four / 256 * 8 + lane % 4 * 2;
+}
+
 // What the 64 deltas of a chunk mean.
 struct Decays {
   float decay[kChunk];    // log2 of the decay from the chunk's start to after token t

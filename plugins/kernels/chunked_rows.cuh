@@ -180,7 +180,7 @@ __device__ __forceinline__ void convolve_tile(const typename C::Shared& shared, 
         sum[i] = fmaf(taps[C::TAPS - 1][i], current[i], taps[C::TAPS][i]);
 #pragma unroll
         for (int tap = 0; tap < C::HALO; tap++) sum[i] = fmaf(taps[tap][i], window[(r + tap) % C::HALO][i], sum[i]);
-        sum[i] = silu_of_double(sum[i]);
+        sum[i] = silu_of_double<Element>(sum[i]);
       }
       *reinterpret_cast<uint4*>(&target[first + r - C::HALO][unit * 8]) =
           make_uint4(Matrix<Element>::pack(sum[0], sum[1]), Matrix<Element>::pack(sum[2], sum[3]),

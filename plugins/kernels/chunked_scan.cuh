@@ -8,22 +8,9 @@
 #pragma once
 
 #include "chunked_rows.cuh"
+#include "chunked_state.cuh"
 
 namespace mmm {
-
-__device__ __forceinline__ float2 load_state(const void* state, int dtype, int64_t index) {
-  if (dtype == MMM_FLOAT32) return *reinterpret_cast<const float2*>(static_cast<const float*>(state) + index);
-  const uint32_t pair = *reinterpret_cast<const uint32_t*>(static_cast<const uint16_t*>(state) + index);
-  return dtype == MMM_FLOAT16 ? Matrix<__half>::unpack(pair) : Matrix<__nv_bfloat16>::unpack(pair);
-}
-
-__device__ __forceinline__ void store_state(void* state, int dtype, int64_t index, float low, float high) {
-  if (dtype == MMM_FLOAT32)
-    *reinterpret_cast<float2*>(static_cast<float*>(state) + index) = make_float2(low, high);
-  else
-    *reinterpret_cast<uint32_t*>(static_cast<uint16_t*>(state) + index) =
-        dtype == MMM_FLOAT16 ? Matrix<__half>::pack(low, high) : Matrix<__nv_bfloat16>::pack(low, high);
-}
 
 template <typename Element, class C>
 struct ChunkedScan {
@@ -318,8 +305,8 @@ struct ChunkedScan {
         for (int n = 0; n < COLUMNS; n++) {
           uint32_t* word = reinterpret_cast<uint32_t*>(gate_unit(i * 16 + half * 8 + row, n)) + column / 2;
           const float2 gate = M::unpack(*word);
-          *word = M::pack(y[i][n][2 * half] * s * norm[n].x * silu_of_double(0.5f * gate.x),
-                          y[i][n][2 * half + 1] * s * norm[n].y * silu_of_double(0.5f * gate.y));
+          *word = M::pack(y[i][n][2 * half] * s * norm[n].x * silu_of_double<Element>(0.5f * gate.x),
+                          y[i][n][2 * half + 1] * s * norm[n].y * silu_of_double<Element>(0.5f * gate.y));
         }
       }
     __syncwarp();

@@ -334,7 +334,7 @@ __device__ __forceinline__ void end_turn(int parts, bool first) {
     cluster_arrive();
   }
 #endif
-  __syncthreads();
+  barrier(1, kThreads);  // each role comes here by a way of its own, which __syncthreads does not allow
 }
 
 template <typename Element, int ROW_TILE, int VECTORS>

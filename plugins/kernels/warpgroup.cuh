@@ -105,6 +105,18 @@ struct WarpgroupMatrix;
                    : MMM_D16(0)                                                                                         \
                    : "l"(a), "l"(b), "r"(accumulate));                                                                  \
     }                                                                                                                   \
+    static __device__ __forceinline__ void tiles_64(float (&d)[32], uint64_t a, uint64_t b, int accumulate) {           \
+      asm volatile("{.reg .pred p; setp.ne.b32 p, %34, 0;\n" MMM_WGMMA("64", type) MMM_R32                              \
+                   ", %32, %33, p, 1, 1, 0, 0;}"                                                                        \
+                   : MMM_D32(0)                                                                                         \
+                   : "l"(a), "l"(b), "r"(accumulate));                                                                  \
+    }                                                                                                                   \
+    static __device__ __forceinline__ void tiles_128(float (&d)[64], uint64_t a, uint64_t b, int accumulate) {          \
+      asm volatile("{.reg .pred p; setp.ne.b32 p, %66, 0;\n" MMM_WGMMA("128", type) MMM_R64                             \
+                   ", %64, %65, p, 1, 1, 0, 0;}"                                                                        \
+                   : MMM_D32(0), MMM_D32(32)                                                                            \
+                   : "l"(a), "l"(b), "r"(accumulate));                                                                  \
+    }                                                                                                                   \
     static __device__ __forceinline__ void held_64(float (&d)[32], const uint32_t (&a)[4], uint64_t b, int accumulate) { \
       asm volatile("{.reg .pred p; setp.ne.b32 p, %37, 0;\n" MMM_WGMMA("64", type) MMM_R32                              \
                    ", {%32,%33,%34,%35}, %36, p, 1, 1, 0;}"                                                             \
@@ -115,6 +127,12 @@ struct WarpgroupMatrix;
       asm volatile("{.reg .pred p; setp.ne.b32 p, 1, 0;\n" MMM_WGMMA("64", type) MMM_R32 ", %32, %33, p, 1, 1, 1, 0;}"  \
                    : MMM_D32(0)                                                                                         \
                    : "l"(a), "l"(b));                                                                                   \
+    }                                                                                                                   \
+    static __device__ __forceinline__ void held_across_64(float (&d)[32], const uint32_t (&a)[4], uint64_t b) {         \
+      asm volatile("{.reg .pred p; setp.ne.b32 p, 1, 0;\n" MMM_WGMMA("64", type) MMM_R32                                \
+                   ", {%32,%33,%34,%35}, %36, p, 1, 1, 1;}"                                                             \
+                   : MMM_D32(0)                                                                                         \
+                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                                               \
     }                                                                                                                   \
     static __device__ __forceinline__ void held_across_128(float (&d)[64], const uint32_t (&a)[4], uint64_t b) {        \
       asm volatile("{.reg .pred p; setp.ne.b32 p, 1, 0;\n" MMM_WGMMA("128", type) MMM_R64                               \

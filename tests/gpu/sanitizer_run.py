@@ -29,17 +29,25 @@ BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
 
 def on_device(inputs: Inputs) -> Inputs:
-    """Copy inputs that were drawn on the CPU: fewer kernels of others to check."""
-    tensors = {name: value.to(DEVICE) for name, value in vars(inputs).items() if isinstance(value, torch.Tensor)}
-    return replace(inputs, **tensors)
+    """Copy inputs that were drawn on the CPU, gaps between rows included: fewer kernels of others to check."""
+
+    def copied(value: torch.Tensor) -> torch.Tensor:
+        whole = value if value._base is None else value._base
+        return whole.to(DEVICE).as_strided(value.shape, value.stride(), value.storage_offset())
+
+    return replace(
+        inputs, **{name: copied(value) for name, value in vars(inputs).items() if isinstance(value, torch.Tensor)}
+    )
 
 
 def cases(which: str) -> Iterator[tuple[Inputs, dict[str, Any]]]:
     """Yield the calls of one method."""
 
-    def case(sizes: Sizes, io: torch.dtype, state: torch.dtype = FP32, **options: Any) -> tuple[Inputs, dict[str, Any]]:
+    def case(
+        sizes: Sizes, io: torch.dtype, state: torch.dtype = FP32, gap: int = 0, **options: Any
+    ) -> tuple[Inputs, dict[str, Any]]:
         lengths = [max(sizes.tokens - 3 * row, 0) for row in range(sizes.batch)] if sizes.batch > 1 else None
-        return on_device(draw(sizes, io, state, lengths=lengths, device="cpu")), options
+        return on_device(draw(sizes, io, state, lengths=lengths, gap=gap, device="cpu")), options
 
     if which == "step":
         for io in (BF16, FP32):
@@ -49,10 +57,13 @@ def cases(which: str) -> Iterator[tuple[Inputs, dict[str, Any]]]:
         yield case(Sizes(2, 1, 3, 1, 16, 16, 3), FP32)
         yield case(Sizes(2, 1), BF16, overlap=1)
     elif which == "chunked":
+        chunked = {"gap": 4, "method": Method.CHUNKED}  # of four heads: rows at multiples of 16 bytes
         for segments in (1, 3):
             yield case(Sizes(1, 193), BF16, method=Method.CHUNKED, segments=segments)
-            yield case(Sizes(2, 130, 4, 2, 64, 64, 4), FP16, method=Method.CHUNKED, segments=segments)
-        yield case(Sizes(1, 257, 4, 2), FP16, BF16)
+            yield case(Sizes(2, 130, 4, 2, 64, 64, 4), FP16, segments=segments, **chunked)
+            yield case(Sizes(1, 65, 4, 4), BF16, segments=segments, **chunked)  # one head a block
+        yield case(Sizes(2, 193), BF16, method=Method.CHUNKED)
+        yield case(Sizes(1, 257, 4, 2, conv_width=4), FP16, BF16, **chunked)
     elif which == "sequential":
         yield case(Sizes(2, 5), FP32, method=Method.SEQUENTIAL)
         yield case(Sizes(2, 7, 4, 1, 48, 96, 3), BF16, method=Method.SEQUENTIAL, in_place=True)

@@ -35,6 +35,14 @@ def test_a_long_prompt_agrees_with_float64(kernels: Any, io: torch.dtype) -> Non
     check(run(kernels, draw(Sizes(1, LONG), io)), "tokens 8192")
 
 
+@HALF_TYPES
+@pytest.mark.parametrize("decay", DECAYS)
+def test_a_short_prompt_of_one_sequence_agrees_with_float64(kernels: Any, decay: str, io: torch.dtype) -> None:
+    for tokens, length in ((256, 256), (257, 257), (640, 512), (1024, 1024), (1024, 700)):  # around segments of 256
+        inputs = draw(Sizes(1, tokens), io, decay=decay, lengths=[length])
+        check(run(kernels, inputs), "short prompt", extreme=decay == "fast")
+
+
 @TYPES
 @pytest.mark.parametrize("decay", DECAYS)
 def test_slow_and_fast_decays_agree_with_float64(kernels: Any, decay: str, io: torch.dtype) -> None:
