@@ -292,12 +292,14 @@ class BatchSession:
 
         """
         backend = self._open_backend
-        for row, token in tokens.items():
+        for row in tokens:
             self._check_held(row)
-            self._prompts.checked([token], None)
             self._contexts[row].check_room(1)
+        if not tokens:
+            return {}
+        self._prompts.checked(list(tokens.values()), None)
         with signals_deferred():
-            return self._run(backend, {row: int(token) for row, token in tokens.items()}) if tokens else {}
+            return self._run(backend, {row: int(token) for row, token in tokens.items()})
 
     def free(self, row: int) -> None:
         """Forget a row that `prefill` gave. Raises OptionError when it did not."""
