@@ -132,18 +132,23 @@ def measure_teacher(part: Part, sizes: Sizes, spec: ModelSpec, dtype: torch.dtyp
         check_row = functools.partial(_check_teacher, part, teacher, check, how)
         part.attempt({"name": "check", "contender": f"teacher-{how}"}, check_row)
     part.note(name="teacher_bytes", weights=teacher.weight_bytes, cache_per_token=teacher.cache_bytes(1, 1))
-    for length in sizes.lengths:
+    for length in by_importance(sizes.lengths):
         ids = part.tensor(part.prompt(length, spec.vocab_size))
-        caches = _teacher_prefills(part, teacher, ids, sizes)
+        caches = _teacher_prefills(part, teacher, ids)
         if caches is None:
             continue
         _growing(part, teacher, caches, length, sizes)
-        del caches[:]
-        free_memory()
-        _static(part, teacher, ids, sizes)
+        one = [(key[:, :, :length], value[:, :, :length]) for key, value in caches]
+        del caches  # the static ones take their place, layer by layer
+        _static(part, teacher, ids, one, sizes)
 
 
-def _teacher_prefills(part: Part, teacher: Teacher, ids: torch.Tensor, sizes: Sizes) -> Any:
+def by_importance(lengths: tuple[int, ...]) -> tuple[int, ...]:
+    """Put the shortest and the longest first, then the others from long to short: a deadline may cut the last."""
+    return tuple(dict.fromkeys((lengths[0], *reversed(lengths))))
+
+
+def _teacher_prefills(part: Part, teacher: Teacher, ids: torch.Tensor) -> Any:
     """Time both prefills; return the caches of the last that worked, None if none did."""
     found: dict[str, Any] = {}
     hows: tuple[tuple[Attention, float], ...] = (("cudnn", 3e4), ("flash", 2e4))  # and tokens a second, roughly
@@ -153,14 +158,15 @@ def _teacher_prefills(part: Part, teacher: Teacher, ids: torch.Tensor, sizes: Si
             found.clear()
             found["caches"] = teacher.prefill(ids, how)[1]
 
-        row = functools.partial(_prefilled, part, prefill, len(ids), 1)
+        # cuDNN plans a shape at its first call.
+        row = functools.partial(_prefilled, part, prefill, len(ids), 1, warm=int(how == "cudnn"))
         about = {"name": "prefill", "contender": f"teacher-{how}", "batch": 1, "tokens": len(ids)}
         part.attempt(about, row, len(ids) / rate)
     return found.get("caches")
 
 
 def _growing(part: Part, teacher: Teacher, one: Any, length: int, sizes: Sizes) -> None:
-    """Time steps with caches that grow by torch.cat, eager and flash attention."""
+    """Time steps with caches that grow by torch.cat, eager and flash attention. Updates `one`, those of one row."""
     for batch in sizes.batches:
         about = {"batch": batch, "tokens": length}
         # Growing holds an old and a new tensor of a layer; eager attention repeats it for each head, in two layouts.
@@ -174,19 +180,16 @@ def _growing(part: Part, teacher: Teacher, one: Any, length: int, sizes: Sizes) 
             about["contender"] = f"teacher-hf-{how}"
             part.attempt({"name": "decode", **about}, functools.partial(_looped, part, work, sizes.calls), batch)
             del work
-        if batch != 1:
-            del caches
 
 
-def _static(part: Part, teacher: Teacher, ids: torch.Tensor, sizes: Sizes) -> None:
-    """Time steps with static caches in CUDA graphs: cuDNN, flash attention, and plain products."""
+def _static(part: Part, teacher: Teacher, ids: torch.Tensor, one: Any, sizes: Sizes) -> None:
+    """Time steps with static caches in CUDA graphs: cuDNN, flash attention, and plain products. Empties `one`."""
     for batch in sizes.batches:
         about = {"batch": batch, "tokens": len(ids)}
         if not _fits(part, teacher.cache_bytes(batch, len(ids) + 1), batch):
             part.note(name="decode", contender="teacher-static-cudnn", **about, missing="out of memory")
             continue
-        how: Attention = "flash" if len(ids) < 10_000 else "cudnn"
-        caches = static_caches(teacher.prefill(ids, how)[1], batch)
+        caches = static_caches(one or teacher.prefill(ids, "cudnn")[1], batch)
         free_memory()
         hows: tuple[Attention, ...] = ("cudnn", "flash", "products")
         for how in hows:
@@ -233,11 +236,11 @@ def _looped(part: Part, work: Any, calls: int, warm: int = 3) -> Row:
     return {**row, **peak.row()}
 
 
-def _prefilled(part: Part, work: Any, length: int, calls: int) -> Row:
+def _prefilled(part: Part, work: Any, length: int, calls: int, warm: int = 1) -> Row:
     """Time a prefill: a short one, whose launches would take longer than its work, in a CUDA graph; a long one as it is."""
     peak = PeakAllocated(part)
     if length > LONG_TOKENS:
-        row = eager_ms(work, calls=calls, warm=1)  # cuDNN plans a shape at its first call
+        row = eager_ms(work, calls=calls, warm=warm)
     else:
         row = graph_ms(work, replays=10)
         work(0)  # what a graph left behind is gone with it

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime
@@ -15,6 +17,27 @@ from mmm_export.bench.roofline import step_bytes
 from mmm_export.runtime import BatchSession, Session
 
 TOKENS_PER_S = 1e5  # of a prompt, roughly: tells what a deadline leaves time for
+
+
+def measure_bundles(part: Part, sizes: Sizes, bundles: dict[str, Path], *, kernels: str, chunk_tokens: int) -> None:
+    """Measure every bundle; the rows of the first, `OURS`, at the longest prompt come last, since they take longest."""
+    ways: dict[str, Any] = {"kernels": kernels, "chunk_tokens": chunk_tokens}
+    ends = dataclasses.replace(sizes, lengths=tuple(dict.fromkeys((sizes.lengths[0], sizes.lengths[-1]))))
+
+    def attempt(contender: str, work: Callable[..., None], *given: Any, **options: Any) -> None:
+        def row() -> Row:
+            work(part, *given, contender, **options, **ways)
+            return {}
+
+        part.attempt({"name": "session", "contender": contender}, row)
+
+    for contender, bundle in bundles.items():
+        # Other weights of the same model say what is new at both ends.
+        attempt(contender, measure_ours, sizes if contender == OURS else ends, bundle)
+        if contender == OURS:
+            attempt(contender, measure_rows, sizes, bundle, lengths=sizes.lengths[:-1])
+    if OURS in bundles and len(sizes.lengths) > 1:
+        attempt(OURS, measure_rows, sizes, bundles[OURS], lengths=sizes.lengths[-1:])
 
 
 def measure_ours(part: Part, sizes: Sizes, bundle: Path, contender: str, *, kernels: str, chunk_tokens: int) -> None:
@@ -39,7 +62,9 @@ def measure_ours(part: Part, sizes: Sizes, bundle: Path, contender: str, *, kern
             _note(part, contender, work, length)
 
 
-def measure_rows(part: Part, sizes: Sizes, bundle: Path, contender: str, *, kernels: str, chunk_tokens: int) -> None:
+def measure_rows(
+    part: Part, sizes: Sizes, bundle: Path, contender: str, *, lengths: tuple[int, ...], kernels: str, chunk_tokens: int
+) -> None:
     """Measure decode steps of several rows at once."""
     providers = ["cuda"] if part.device == "cuda" else None
     for rows in sizes.batches:
@@ -48,7 +73,7 @@ def measure_rows(part: Part, sizes: Sizes, bundle: Path, contender: str, *, kern
         with BatchSession.open(
             bundle, rows=rows, providers=providers, kernels=kernels, chunk_tokens=chunk_tokens, check_content=False
         ) as batch:
-            for length in sizes.lengths:
+            for length in lengths:
                 work = _measurement(batch, length, sizes, part)
                 _note(part, contender, work, length, rows)
 

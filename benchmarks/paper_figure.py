@@ -27,7 +27,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "src"))
 
-LIMITS_S = {"ceilings": 30, "ours": 60, "teacher": 110, "linear": 110}
+LIMITS_S = {"ours": 60, "teacher": 95, "linear": 110}
 SPARE_S = 5.0  # to write the results
 
 Row = dict[str, Any]
@@ -38,30 +38,24 @@ def run_part(options: argparse.Namespace) -> None:
     import figure_contenders as contenders
     import torch
     from figure_part import Part
+    from figure_summary import OURS
     from torch_models import TORCH_DTYPES
 
     from mmm_export.model.testing import full_size_spec, tiny_spec
 
     part = Part(options.folder, options.deadline, options.device)
     sizes = _sizes(options)
-    kind, _, label = options.part.partition(":")
-    bundle = _bundles(options)[label or "ours"]
+    bundles = _bundles(options)
     part.note(name="memory_metric", metric=part.memory.metric)
     torch.manual_seed(0)
-    if kind == "ceilings":
-        contenders.measure_ceilings(part)
-    elif kind == "ours":
+    if options.part == "ours":
         import figure_ours
-        from figure_summary import OURS
 
-        if label != OURS:  # other weights of the same model: the first says the rest
-            sizes = dataclasses.replace(sizes, lengths=(sizes.lengths[0], sizes.lengths[-1]), batches=(1,))
-        ways = {"kernels": options.kernels, "chunk_tokens": options.chunk_tokens}
-        figure_ours.measure_ours(part, sizes, bundle, label, **ways)
-        figure_ours.measure_rows(part, sizes, bundle, label, **ways)
-    elif kind == "linear":
-        contenders.measure_linear(part, sizes, bundle, options.peers)
+        figure_ours.measure_bundles(part, sizes, bundles, kernels=options.kernels, chunk_tokens=options.chunk_tokens)
+    elif options.part == "linear":
+        contenders.measure_linear(part, sizes, bundles[OURS], options.peers)
     else:
+        contenders.measure_ceilings(part)
         spec = tiny_spec(kinds="teacher") if options.tiny else full_size_spec("teacher")
         contenders.measure_teacher(part, sizes, spec, TORCH_DTYPES["fp32" if options.device == "cpu" else "bf16"])
 
@@ -70,10 +64,9 @@ def run_all(options: argparse.Namespace, folder: Path) -> list[Row]:
     """Run each part in a process of its own within its limit, and return all rows, those that tell of failures too."""
     from figure_agreement import agreement_rows
 
-    parts = options.parts or ["ceilings", *(f"ours:{label}" for label in _bundles(options)), "teacher", "linear"]
     failures: list[Row] = []
-    for name in parts:
-        limit = min(LIMITS_S[name.partition(":")[0]], options.deadline - time.time() - SPARE_S)
+    for name in options.parts or LIMITS_S:
+        limit = min(LIMITS_S[name], options.deadline - time.time() - SPARE_S)
         begin = time.time()
         if limit < 5:
             failures.append({"name": "part", "part": name, "missing": "no time was left"})
@@ -153,7 +146,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--chunk-tokens", type=int, default=8192, help="prompt tokens that our runtime reads at once")
     parser.add_argument("--lengths", type=int, nargs="+", help="prompt lengths, ascending")
     parser.add_argument("--batches", type=int, nargs="+", help="rows of decode steps, from 1")
-    parser.add_argument("--parts", nargs="+", help="some of: ceilings, ours:LABEL, teacher, linear")
+    parser.add_argument("--parts", nargs="+", choices=list(LIMITS_S), help="some of them; the order is kept")
     parser.add_argument("--results", type=Path, help="result file (default: benchmarks/results/<gpu>-runtime.json)")
     for name, kind in (("part", str), ("folder", Path), ("deadline", float)):
         parser.add_argument(f"--{name}", type=kind, help=argparse.SUPPRESS)
