@@ -98,7 +98,11 @@ def ratios_table(results: Results) -> str:
 
 def roofline_table(results: Results) -> str:
     """How near each contender comes to the least time of its bytes, at the rate of a copy and at the maker's figure."""
-    times = {(r["contender"], r["batch"], r["tokens"]): r["ms"] for r in _measured(results) if r["name"] == "decode"}
+    times = {
+        (r["contender"], r["batch"], r["tokens"]): r["ms"]
+        for r in _measured(results)
+        if r["name"] == "decode" and "ms" in r
+    }
     lines = []
     for r in results["rows"]:
         if r["name"] != "roofline":

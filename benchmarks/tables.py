@@ -165,16 +165,16 @@ def distillation_table(results: Results) -> str:
 
 
 def linear_table(results: Results) -> str:
-    """The steps with the spreads that the search found, and the bytes' time at the rate of a copy."""
+    """The steps with the spreads that calls choose by themselves, and the bytes' time at the rate of a copy."""
     names = {"plain": "bf16", "int8": "INT8", "int4": "INT4, group 128"}
     peers = {row["batch"]: row["peer_ms"] for row in results["rows"] if row.get("peer_ms")}
     rows = [
         (
             f"{names[row['weight_format']]}, batch {row['batch']}",
-            f"{row['best_products_ms']:.2f}",
-            f"{row['best_chain_ms']:.2f}",
+            f"{row['products_ms']:.2f}",
+            f"{row['chain_ms']:.2f}",
             f"{peers[row['batch']]:.2f}",
-            f"{peers[row['batch']] / row['best_products_ms']:.1f} times",
+            f"{peers[row['batch']] / row['products_ms']:.1f} times",
             f"{row['floor_ms']:.2f}",
         )
         for row in results["rows"]
