@@ -97,7 +97,7 @@ class BatchSession:
         *,
         rows: int = DEFAULT_ROWS,
         providers: Sequence[str] | None = None,
-        chunk_tokens: int = DEFAULT_CHUNK_TOKENS,
+        chunk_tokens: int | None = None,
         threads: int | None = None,
         kernels: str | Path = "auto",
         check_content: bool = True,

@@ -12,6 +12,7 @@ from mmm_export.manifest import Manifest
 from mmm_export.runtime.backend import Backend, BatchBackend
 
 DEFAULT_CHUNK_TOKENS = 512
+CUDA_CHUNK_TOKENS = 4096  # large products keep a GPU busy; activations of a full-size model then take 0.3 GiB
 MOST_ROWS = 1024  # more are a slip of the finger: the states of so many would be tens of GB
 
 
@@ -32,7 +33,7 @@ def open_model(
     *,
     rows: int = 1,
     providers: Sequence[str] | None,
-    chunk_tokens: int,
+    chunk_tokens: int | None,
     threads: int | None,
     kernels: str | Path,
     check_content: bool,
@@ -60,10 +61,13 @@ def open_model(
                 wanted="1, as the engine was built",
                 hint="leave it out, or open the bundle",
             )
-        engine, backend, chunk = open_engine_backend(folder, providers, threads, kernels, chunk_tokens, check_content)
+        wanted = chunk_tokens or DEFAULT_CHUNK_TOKENS
+        engine, backend, chunk = open_engine_backend(folder, providers, threads, kernels, wanted, check_content)
         return OpenedModel(folder, engine, backend, OneRow(backend), chunk, None)
     # Imported here: a state file can be inspected where ONNX Runtime is not installed.
     from mmm_export.runtime.backends import open_bundle
+    from mmm_export.runtime.onnxruntime_cuda_backend import OnnxRuntimeCudaBackend
 
     manifest, opened, library = open_bundle(folder, providers, threads, kernels, check_content, rows)
-    return OpenedModel(folder, manifest, opened, opened, chunk_tokens, library)
+    default = CUDA_CHUNK_TOKENS if isinstance(opened, OnnxRuntimeCudaBackend) else DEFAULT_CHUNK_TOKENS
+    return OpenedModel(folder, manifest, opened, opened, chunk_tokens or default, library)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from typing import Any, get_args, get_type_hints
 
 import click
@@ -13,7 +14,7 @@ from mmm_export.exporter.bundle import ExportOptions
 from mmm_export.exporter.verify import VerifyOptions
 from mmm_export.packages import EXTRAS
 from mmm_export.runtime import GenerationOptions
-from mmm_export.runtime.session import DEFAULT_CHUNK_TOKENS
+from mmm_export.runtime.opening import CUDA_CHUNK_TOKENS, DEFAULT_CHUNK_TOKENS
 
 
 def parsed(command: str, *arguments: str) -> dict[str, Any]:
@@ -23,6 +24,14 @@ def parsed(command: str, *arguments: str) -> dict[str, Any]:
 
 def defaults(options: type[Any]) -> dict[str, Any]:
     return {field.name: field.default for field in dataclasses.fields(options)}
+
+
+def told_chunk_tokens(command: str, *arguments: str) -> list[int]:
+    """Return the sizes that the help of --chunk-tokens tells; the option itself leaves the choice to the session."""
+    option = next(p for p in cli.commands[command].params if p.name == "chunk_tokens")
+    assert isinstance(option, click.Option)
+    assert parsed(command, *arguments)["chunk_tokens"] is None
+    return [int(number) for number in re.findall(r"\d+", str(option.show_default))]
 
 
 def test_export_options_agree() -> None:
@@ -46,7 +55,7 @@ def test_generation_options_agree() -> None:
     wanted = defaults(GenerationOptions)
     del wanted["stop_ids"]  # ids are for scripts; the command line has --stop TEXT
     assert {name: found[name] for name in wanted} == wanted
-    assert found["chunk_tokens"] == DEFAULT_CHUNK_TOKENS
+    assert told_chunk_tokens("run", "bundle", "--prompt", "x") == [DEFAULT_CHUNK_TOKENS, CUDA_CHUNK_TOKENS]
 
 
 def test_bench_options_agree() -> None:
@@ -56,7 +65,7 @@ def test_bench_options_agree() -> None:
     assert {name: found[name] for name in ("new_tokens", "repeats", "budget_s")} == {
         name: wanted[name] for name in ("new_tokens", "repeats", "budget_s")
     }
-    assert found["chunk_tokens"] == DEFAULT_CHUNK_TOKENS
+    assert told_chunk_tokens("bench", "bundle") == [DEFAULT_CHUNK_TOKENS, CUDA_CHUNK_TOKENS]
 
 
 def test_packages_of_the_extras_are_importable_names() -> None:

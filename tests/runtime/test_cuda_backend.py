@@ -13,8 +13,9 @@ from toy import text_ids, tiles
 from mmm_export.errors import MmmError
 from mmm_export.manifest import read_manifest
 from mmm_export.operator_library import CPU_PROVIDER
-from mmm_export.runtime import GenerationOptions, Session, device_values
+from mmm_export.runtime import GenerationOptions, Session, backends, device_values
 from mmm_export.runtime.onnxruntime_cuda_backend import OnnxRuntimeCudaBackend
+from mmm_export.runtime.opening import CUDA_CHUNK_TOKENS, DEFAULT_CHUNK_TOKENS, open_model
 from mmm_export.runtime.token_rows import TokenRows
 
 CAPACITY = 192
@@ -149,3 +150,27 @@ def test_answers_are_those_of_the_host_backend(both: tuple[Session, Session]) ->
         answer = session.generate("What is it?", options=options)
         texts.append(("".join(answer), answer.token_ids))
     assert texts[0] == texts[1]
+
+
+def test_chunks_are_larger_on_a_gpu_unless_their_size_is_given(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def on_a_device(*_: Any) -> Any:
+        manifest = read_manifest(bundle)
+        device = OnnxRuntimeCudaBackend(bundle, manifest, threads=1, provider=CPU_PROVIDER, device="cpu")
+        return manifest, device, None
+
+    found = {}
+    for place in ("host", "device"):
+        if place == "device":
+            monkeypatch.setattr(backends, "open_bundle", on_a_device)
+        for given in (None, 7):
+            model = open_model(
+                bundle, providers=None, chunk_tokens=given, threads=1, kernels="none", check_content=False
+            )
+            found[place, given] = model.chunk_tokens
+            model.backend.close()
+    assert found == {
+        ("host", None): DEFAULT_CHUNK_TOKENS,
+        ("host", 7): 7,
+        ("device", None): CUDA_CHUNK_TOKENS,
+        ("device", 7): 7,
+    }

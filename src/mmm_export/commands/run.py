@@ -52,7 +52,7 @@ if TYPE_CHECKING:
 @click.option(
     "--chunk-tokens",
     type=click.IntRange(min=1),
-    default=512,
+    show_default="512, on a CUDA GPU 4096",
     metavar="TOKENS",
     help="Prompt tokens read at once; bounds the memory.",
 )
