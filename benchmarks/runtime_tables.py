@@ -17,6 +17,7 @@ CONTENDERS = {
     "teacher-hf-eager": "teacher, growing cache, eager attention",
 }
 NAMES = {**CONTENDERS, "teacher-flash": "teacher, flash attention", "teacher-cudnn": "teacher, cuDNN attention"}
+NAMES |= {"teacher-eager": "teacher, eager attention"}
 NAMES |= {"int8": "this project, INT8 weights", "int4": "this project, INT4 weights"}
 STATIC_WAYS = {
     "teacher-static-cudnn": "cuDNN attention",
@@ -58,8 +59,8 @@ def short_table(results: Results) -> str:
         return table
     return (
         f"{table}\n\nA decode step at {lengths[-1]:,} tokens is {ratio['ratio']:.0f} times as fast as the teacher's with a growing "
-        f"cache and eager attention: {ratio['algorithm']:.1f} times by the algorithm, which is what remains to a teacher with a "
-        f"static cache in a CUDA graph, times {ratio['overhead']:.1f} by the overhead of that implementation."
+        f"cache and eager attention. Of that {ratio['algorithm']:.1f} times is the algorithm, which is what remains to a teacher with "
+        f"a static cache in a CUDA graph; times {ratio['overhead']:.1f} is the overhead of that other implementation."
     )
 
 

@@ -196,6 +196,8 @@ def profile_table(results: Results) -> str:
     rows = [(kind, *(cell(work, kind) for work in works)) for kind in kinds]
     idle = [sum(row["idle_us"] for row in results["rows"] if row["work"] == work) for work in works]
     rows.append(("no kernel runs", *(f"{total / 1e3:.2f}" for total in idle)))
+    walls = {row["work"]: row["wall_us"] for row in results["rows"]}
+    rows.append(("one whole call, without the profiler", *(f"{walls[work] / 1e3:.2f}" for work in works)))
     return _table(("ms (kernels)", *works), rows)
 
 
