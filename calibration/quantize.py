@@ -30,7 +30,7 @@ def open_source(folder: Path, options: QuantizeOptions, progress: Progress) -> M
     """Check a bundle that is to be quantized.
 
     Raises:
-        BundleError: it is damaged, or quantized already.
+        BundleError: it is damaged, quantized already, or shares its weights by hard links.
         OptionError: its number format is none that the consumer runs.
     """
     manifest = read_manifest(folder)
@@ -63,6 +63,14 @@ def open_source(folder: Path, options: QuantizeOptions, progress: Progress) -> M
         )
     with progress.stage("check files"):
         check_files(folder, manifest)
+    data = folder / (names.DECODER_FILE + names.WEIGHTS_SUFFIX)
+    if data.exists() and data.stat().st_nlink > 1:  # onnx-ir takes it for an attempt to read a file from elsewhere
+        raise BundleError(
+            f"{data} cannot be read",
+            found=f"{data.stat().st_nlink} hard links to it, which the reader of weights refuses",
+            wanted="a file of its own",
+            hint=f"copy the bundle and give the copy: cp -r {folder} COPY",
+        )
     return manifest
 
 

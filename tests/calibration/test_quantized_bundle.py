@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -222,6 +223,22 @@ def test_an_unknown_name_to_skip_brings_the_nearest(bundle: Path, calibration: P
 def test_what_is_quantized_is_not_quantized_again(calibration: Path, quantized: Quantized, tmp_path: Path) -> None:
     with pytest.raises(BundleError, match="quantized already"):
         quantize_bundle(quantized("int4"), calibration, tmp_path / "out", QuantizeOptions("int8"))
+
+
+def test_weights_that_are_hard_linked_are_refused_with_the_way_out(
+    bundle: Path, calibration: Path, tmp_path: Path
+) -> None:
+    linked = tmp_path / "linked"
+    shutil.copytree(bundle, linked)
+    weights = linked / (names.DECODER_FILE + names.WEIGHTS_SUFFIX)
+    os.link(weights, tmp_path / "another-name")
+    with pytest.raises(BundleError, match="cannot be read") as error:
+        quantize_bundle(linked, calibration, tmp_path / "out", QuantizeOptions("int8"))
+    assert "2 hard links" in str(error.value.found)
+    assert "cp -r" in str(error.value.hint)
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "another-name").unlink()
+    quantize_bundle(linked, calibration, tmp_path / "out", QuantizeOptions("int8", smooth="none"))
 
 
 def test_an_interrupt_leaves_nothing(

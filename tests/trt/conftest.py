@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,9 +17,20 @@ ORIN = LocalDevice("this Jetson", 87, 16 << 30, shared_memory=True)
 
 
 @pytest.fixture(scope="session")
-def tiny_bundle(make_checkpoint: Callable[..., Path], make_bundle: Callable[..., Path]) -> Callable[..., Path]:
-    """Export a tiny model of a kind and number format."""
-    return lambda kind="linear", dtype="fp16": make_bundle(make_checkpoint(kind), dtype=dtype)
+def tiny_bundle(
+    make_checkpoint: Callable[..., Path], make_bundle: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Path]:
+    """Export a tiny model of a kind and number format: into a folder of these tests, whose engines hold hard links to its weights."""
+    made: dict[tuple[str, str], Path] = {}
+
+    def make(kind: str = "linear", dtype: str = "fp16") -> Path:
+        if (kind, dtype) not in made:
+            folder = tmp_path_factory.mktemp("bundles") / f"{kind}-{dtype}"
+            shutil.copytree(make_bundle(make_checkpoint(kind), dtype=dtype), folder)
+            made[kind, dtype] = folder
+        return made[kind, dtype]
+
+    return make
 
 
 @pytest.fixture
