@@ -27,27 +27,31 @@ int main() {
         for (int normalise = 0; normalise < 2; ++normalise)
           for (int tokens : {0, 1, 8, 9})
             for (int outputs : {2, 32, 70})
-              for (int inputs : {1, 17, 128, 640}) {
-                if (format == MMM_WEIGHT_INT4 && inputs % MMM_INT4_GROUP != 0) continue;
-                mmm_linear_args args{};
-                mmm_linear_shape& s = args.shape;
-                s = {MMM_ABI_VERSION, MMM_CPU, dtype,     dtype, format, format == MMM_WEIGHT_INT4 ? MMM_FLOAT16 : MMM_FLOAT32,
-                     epilogue,        normalise, tokens, outputs, inputs, 1e-5f};
-                const size_t element = static_cast<size_t>(mmm::element_bytes(dtype));
-                const size_t elements = static_cast<size_t>(outputs) * inputs;
-                const Block x(element * tokens * inputs), norm(element * inputs), residual(element * tokens * outputs);
-                const Block weight(format == MMM_WEIGHT_PLAIN ? element * elements : format == MMM_WEIGHT_INT8 ? elements : elements / 2);
-                const Block scales(format == MMM_WEIGHT_INT8 ? 4u * outputs : elements / 64);
-                const Block out(element * tokens * static_cast<size_t>(mmm::linear_columns(s)));
-                args.x = x.data, args.x_stride = inputs, args.weight = weight.data, args.scales = scales.data;
-                args.norm_weight = norm.data, args.residual = residual.data, args.out = out.data;
-                mmm_status status;
-                if (mmm_linear(&args, &status) != MMM_OK) {
-                  std::fprintf(stderr, "%s\n", status.text);
-                  return 1;
+              for (int inputs : {1, 17, 128, 640})
+                for (int kept : {0, 1}) {
+                  if (format == MMM_WEIGHT_INT4 && inputs % MMM_INT4_GROUP != 0) continue;
+                  if (kept > 0 && (format == MMM_WEIGHT_PLAIN || epilogue == MMM_EPILOGUE_SILU)) continue;
+                  mmm_linear_args args{};
+                  mmm_linear_shape& s = args.shape;
+                  s = {MMM_ABI_VERSION, MMM_CPU, dtype,     dtype, format, format == MMM_WEIGHT_INT4 ? MMM_FLOAT16 : MMM_FLOAT32,
+                       epilogue,        normalise, tokens, outputs, inputs, 1e-5f, kept};
+                  const size_t element = static_cast<size_t>(mmm::element_bytes(dtype));
+                  const size_t rows = static_cast<size_t>(outputs - kept), elements = rows * inputs;
+                  const Block x(element * tokens * inputs), norm(element * inputs), residual(element * tokens * outputs);
+                  const Block weight(format == MMM_WEIGHT_PLAIN ? element * elements : format == MMM_WEIGHT_INT8 ? elements : elements / 2);
+                  const Block scales(format == MMM_WEIGHT_INT8 ? 4u * rows : elements / 64);
+                  const Block kept_rows(element * kept * inputs);
+                  const Block out(element * tokens * static_cast<size_t>(mmm::linear_columns(s)));
+                  args.x = x.data, args.x_stride = inputs, args.weight = weight.data, args.scales = scales.data;
+                  args.norm_weight = norm.data, args.residual = residual.data, args.out = out.data;
+                  args.kept_weight = kept > 0 ? kept_rows.data : nullptr;
+                  mmm_status status;
+                  if (mmm_linear(&args, &status) != MMM_OK) {
+                    std::fprintf(stderr, "%s\n", status.text);
+                    return 1;
+                  }
+                  ++calls;
                 }
-                ++calls;
-              }
   std::printf("{\"calls\": %ld}\n", calls);
   return 0;
 }
