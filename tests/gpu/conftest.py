@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
+
+from gpu.cuda_sessions import CAPACITY, CHUNK
+
+if TYPE_CHECKING:
+    from mmm_export.runtime import Session
 
 
 @pytest.fixture(scope="session")
@@ -24,6 +29,29 @@ def kernels() -> Any:
         pytest.skip("no library: build it (mmm-export plugins build) or name it in MMM_KERNEL_LIBRARY")
     torch.backends.cuda.matmul.allow_tf32 = False  # the references are float64, but nothing here may round on its own
     return Kernels(path)
+
+
+@pytest.fixture(scope="module")
+def cuda_provider() -> None:
+    """ONNX Runtime with its CUDA provider, and a GPU; skips with the reason where they are missing."""
+    torch = pytest.importorskip("torch")  # whose CUDA libraries onnxruntime finds once they are loaded
+    onnxruntime = pytest.importorskip("onnxruntime")
+    if not torch.cuda.is_available() or "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+        pytest.skip("needs a GPU and onnxruntime-gpu")
+
+
+@pytest.fixture(scope="module", params=["linear", "hybrid"])
+def checkpoint(request: pytest.FixtureRequest, make_checkpoint: Callable[..., Path]) -> Path:
+    return make_checkpoint(request.param)
+
+
+@pytest.fixture(scope="module")
+def reference(checkpoint: Path, make_bundle: Callable[..., Path]) -> Iterator[Session]:
+    """The checkpoint in fp32 on the CPU, by the function body: what sessions on the GPU are held to."""
+    from mmm_export.runtime import Session
+
+    with Session.open(make_bundle(checkpoint, max_tokens=CAPACITY), kernels="none", chunk_tokens=CHUNK) as session:
+        yield session
 
 
 @pytest.fixture(autouse=True)

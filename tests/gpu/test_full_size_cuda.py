@@ -15,8 +15,6 @@ import pytest
 
 from mmm_export.runtime import Session
 
-pytestmark = pytest.mark.gpu
-
 BUNDLE = os.environ.get("MMM_FULL_SIZE_BUNDLE")
 LIBRARY = os.environ.get("MMM_ONNXRUNTIME_LIBRARY") or "auto"
 PROMPT_TOKENS, STEPS = 24, 2
@@ -24,15 +22,11 @@ PROMPT_TOKENS, STEPS = 24, 2
 # uncorrelated over 32 layers: sqrt(480) of them are 5e-3. Twice that.
 BOUND = 1e-2
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _cuda_provider() -> None:
-    torch = pytest.importorskip("torch")  # whose CUDA libraries onnxruntime finds once they are loaded
-    onnxruntime = pytest.importorskip("onnxruntime")
-    if not torch.cuda.is_available() or "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
-        pytest.skip("needs a GPU and onnxruntime-gpu")
-    if BUNDLE is None:
-        pytest.skip("needs a bundle of full size, named by MMM_FULL_SIZE_BUNDLE")
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.usefixtures("cuda_provider"),
+    pytest.mark.skipif(BUNDLE is None, reason="needs a bundle of full size, named by MMM_FULL_SIZE_BUNDLE"),
+]
 
 
 def logits(session: Session) -> list[Any]:

@@ -8,43 +8,19 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from gpu.cuda_sessions import BOUND, CAPACITY, KERNELS, LIBRARY
 from mmm_export.errors import MmmError
 from mmm_export.manifest import read_manifest
 from mmm_export.runtime import GenerationOptions, Session
 
-pytestmark = pytest.mark.gpu
-
-CAPACITY = 512
-LIBRARY = os.environ.get("MMM_ONNXRUNTIME_LIBRARY")
-KERNELS = pytest.mark.parametrize("kernels", ["none", *([LIBRARY] if LIBRARY else [])], ids=lambda k: Path(k).name)
-# float32 sums in another order, over 4 layers; 16-bit types round each of some 60 values in a row, at half a unit of 2^-11 or 2^-8.
-BOUND = {"fp32": 2e-5, "fp16": 5e-3, "bf16": 4e-2}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _cuda_provider() -> None:
-    torch = pytest.importorskip("torch")  # whose CUDA libraries onnxruntime finds once they are loaded
-    onnxruntime = pytest.importorskip("onnxruntime")
-    if not torch.cuda.is_available() or "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
-        pytest.skip("needs a GPU and onnxruntime-gpu")
-
-
-@pytest.fixture(scope="module", params=["linear", "hybrid"])
-def checkpoint(request: pytest.FixtureRequest, make_checkpoint: Callable[..., Path]) -> Path:
-    return make_checkpoint(request.param)
-
-
-@pytest.fixture(scope="module")
-def reference(checkpoint: Path, make_bundle: Callable[..., Path]) -> Iterator[Session]:
-    with Session.open(make_bundle(checkpoint, max_tokens=CAPACITY), kernels="none", chunk_tokens=64) as session:
-        yield session
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("cuda_provider")]
 
 
 def prompt(session: Session, length: int = 300) -> tuple[Any, Any]:

@@ -9,6 +9,10 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from fake_engine import FakeMachine
+
     from mmm_export.text import Tokenizer
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -29,3 +33,23 @@ def tokenizer(folder: Path) -> Tokenizer:
     from mmm_export.text import Tokenizer
 
     return Tokenizer.from_folder(folder)
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> FakeMachine:
+    """A machine with a GPU and TensorRT, both stand-ins."""
+    from fake_engine import install
+
+    return install(monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def engine(
+    make_checkpoint: Callable[..., Path], make_bundle: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """An engine of a tiny linear model; copy it before writing into it."""
+    from fake_engine import write_engine
+
+    folder = tmp_path_factory.mktemp("engine") / "engine"
+    write_engine(make_bundle(make_checkpoint("linear")), folder)
+    return folder

@@ -4,32 +4,17 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from fake_cuda import CUresult
-from fake_engine import FakeMachine, install, write_engine
+from fake_engine import FakeMachine
 from toy import tiles
 
 from mmm_export.errors import EngineError, MmmError
 from mmm_export.runtime import Session
-
-
-@pytest.fixture(scope="module")
-def engine(
-    make_checkpoint: Callable[..., Path], make_bundle: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
-) -> Path:
-    folder = tmp_path_factory.mktemp("engine") / "engine"
-    write_engine(make_bundle(make_checkpoint("linear")), folder)
-    return folder
-
-
-@pytest.fixture
-def machine(monkeypatch: pytest.MonkeyPatch) -> FakeMachine:
-    return install(monkeypatch)
 
 
 def wanted_after(engine: Path, machine: FakeMachine, *calls: list[int]) -> Any:

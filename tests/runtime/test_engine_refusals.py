@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_engine import FakeMachine, install, rewrite, write_engine
+from fake_engine import FakeMachine, install, rewrite
 from fake_tensorrt import MAGIC, EngineValidity
 
 from mmm_export import names
@@ -21,23 +21,9 @@ from mmm_export.plugin_files import PluginBuild, write_build
 from mmm_export.runtime import Session
 
 
-@pytest.fixture(scope="module")
-def made(
-    make_checkpoint: Callable[..., Path], make_bundle: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
-) -> Path:
-    folder = tmp_path_factory.mktemp("engine") / "engine"
-    write_engine(make_bundle(make_checkpoint("linear")), folder)
-    return folder
-
-
 @pytest.fixture
-def engine(made: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(made, tmp_path / "engine"))
-
-
-@pytest.fixture
-def machine(monkeypatch: pytest.MonkeyPatch) -> FakeMachine:
-    return install(monkeypatch)
+def engine(engine: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(engine, tmp_path / "engine"))
 
 
 def refusal(engine: Path, kind: type[MmmError], **options: Any) -> str:

@@ -33,11 +33,6 @@ def engine(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
-def machine(monkeypatch: pytest.MonkeyPatch) -> FakeMachine:
-    return install(monkeypatch)
-
-
 def prompt(session: Session, length: int = 21) -> tuple[Any, Any]:
     """Ids with the image tokens of one tile in the middle, and the tile."""
     spec = session.manifest.model

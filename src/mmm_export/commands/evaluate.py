@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from mmm_export import names
-from mmm_export.commands.options import PATH, as_json_text, inference_options
+from mmm_export.commands.options import PATH, as_json_text, inference_options, max_tiles_option
 from mmm_export.packages import require
 
 
@@ -18,13 +18,7 @@ from mmm_export.packages import require
 @click.option("--task", required=True, metavar="digits|FILE", help="The demo task's test set, or a JSONL file.")
 @click.option("--limit", type=click.IntRange(min=1), metavar="SAMPLES", show_default="all", help="Ask the first ones.")
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=16, metavar="TOKENS", help="Longest answer.")
-@click.option(
-    "--max-tiles",
-    type=click.IntRange(min=1),
-    metavar="TILES",
-    show_default="the model's own limit",
-    help="Cut each image into at most so many.",
-)
+@max_tiles_option
 @click.option(
     "--batch",
     type=click.IntRange(min=1),

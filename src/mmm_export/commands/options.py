@@ -24,6 +24,17 @@ def kernels_option(command: Command) -> Command:
     )(command)
 
 
+def max_tiles_option(command: Command) -> Command:
+    """Give a command that reads images the option --max-tiles."""
+    return click.option(
+        "--max-tiles",
+        type=click.IntRange(min=1),
+        metavar="TILES",
+        show_default="the model's own limit",
+        help="Cut each image into at most so many.",
+    )(command)
+
+
 def provider_option(command: Command) -> Command:
     """Give a command the option --provider."""
     return click.option(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mmm_export.commands.options import PATH, inference_options
+from mmm_export.commands.options import PATH, inference_options, max_tiles_option
 
 if TYPE_CHECKING:
     from mmm_export.runtime import GenerationOptions
@@ -42,13 +42,7 @@ if TYPE_CHECKING:
     "--seed", type=click.IntRange(min=0), metavar="NUMBER", show_default="drawn anew", help="Same seed, same answer."
 )
 @click.option("--stop", multiple=True, metavar="TEXT", help="End the answer before this text; repeatable.")
-@click.option(
-    "--max-tiles",
-    type=click.IntRange(min=1),
-    metavar="TILES",
-    show_default="the model's own limit",
-    help="Cut each image into at most so many.",
-)
+@max_tiles_option
 @click.option(
     "--chunk-tokens",
     type=click.IntRange(min=1),
