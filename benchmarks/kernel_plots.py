@@ -1,19 +1,15 @@
 """Draws docs/<gpu>-kernels.svg from benchmarks/results/<gpu>-kernels.json: latency against tokens, and fraction of the roofline.
 
-`python benchmarks/tables.py` draws them together with the tables. A figure carries the hash of its results.
+`python benchmarks/tables.py` draws them together with the tables.
 """
 
 from __future__ import annotations
 
-import hashlib
-import io
 import json
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
-FIGURES = ROOT / "docs"
+from figures import RESULTS, new_pyplot, svg_text
 
 Row = dict[str, Any]
 SERIES = (
@@ -28,28 +24,9 @@ def of_gpus() -> list[Path]:
     return [path for path in sorted(RESULTS.glob("*-kernels.json")) if '"floor_us"' in path.read_text(encoding="utf-8")]
 
 
-def digest(results: Path) -> str:
-    return hashlib.sha256(results.read_bytes()).hexdigest()
-
-
-def figure_of(results: Path) -> Path:
-    return FIGURES / f"{results.stem}.svg"
-
-
-def is_current(results: Path) -> bool:
-    """Whether the figure was drawn from these results; it carries their hash, since drawings differ between versions."""
-    figure = figure_of(results)
-    return figure.is_file() and digest(results) in figure.read_text(encoding="utf-8")
-
-
 def draw(results: Path) -> str:
     """Return the figure as SVG text."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    matplotlib.rcParams["svg.hashsalt"] = "mmm-export"  # the same results give the same file
-    from matplotlib import pyplot
-
+    pyplot = new_pyplot()
     data = json.loads(results.read_text(encoding="utf-8"))
     rows = [row for row in data["rows"] if row.get("dtype") == "bf16" and row.get("state_dtype") == "fp32"]
     prefill = sorted(_of(rows, "prefill_mixer", batch=1), key=lambda row: row["tokens"])
@@ -82,26 +59,9 @@ def draw(results: Path) -> str:
     latency.legend(fontsize="small")
     figure.suptitle(f"Mixer of one layer, bf16, float32 state: {data['where']}", fontsize="medium")
 
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None, "Description": f"{results.name} {digest(results)}"})
-    pyplot.close(figure)
-    return "\n".join(line.rstrip() for line in buffer.getvalue().splitlines()) + "\n"
+    return svg_text(figure, results)
 
 
 def _of(rows: list[Row], name: str, **values: Any) -> list[Row]:
     wanted = {"name": name, **values}
     return [row for row in rows if row.get("floor_us") and all(row.get(k) == v for k, v in wanted.items())]
-
-
-def stale() -> list[Path]:
-    """List the result files whose figure was drawn from others, or not at all."""
-    return [results for results in of_gpus() if not is_current(results)]
-
-
-def draw_stale() -> None:
-    """Draw the figures of these, and remove those of results that are no longer there."""
-    for results in stale():
-        figure_of(results).write_text(draw(results), encoding="utf-8")
-    wanted = {figure_of(results) for results in of_gpus()}
-    for left_over in set(FIGURES.glob("*-kernels.svg")) - wanted:
-        left_over.unlink()

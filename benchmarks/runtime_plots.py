@@ -1,16 +1,15 @@
 """Draws docs/<gpu>-runtime.svg from benchmarks/results/<gpu>-runtime.json: latency of a decode step and memory against tokens.
 
-`python benchmarks/tables.py` draws it together with the tables. A figure carries the hash of its results.
+`python benchmarks/tables.py` draws it together with the tables.
 """
 
 from __future__ import annotations
 
-import io
 import json
 from pathlib import Path
 from typing import Any
 
-from kernel_plots import FIGURES, RESULTS, digest, figure_of, is_current
+from figures import RESULTS, new_pyplot, svg_text
 
 Row = dict[str, Any]
 SERIES = (
@@ -28,12 +27,7 @@ def of_gpus() -> list[Path]:
 
 def draw(results: Path) -> str:
     """Return the figure as SVG text."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    matplotlib.rcParams["svg.hashsalt"] = "mmm-export"  # the same results give the same file
-    from matplotlib import pyplot
-
+    pyplot = new_pyplot()
     data = json.loads(results.read_text(encoding="utf-8"))
     rows = [row for row in data["rows"] if row["name"] in ("decode", "prefill") and "missing" not in row]
     figure, (latency, memory) = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
@@ -53,25 +47,8 @@ def draw(results: Path) -> str:
         axes.grid(visible=True, alpha=0.3)
     latency.legend(fontsize="x-small")
     figure.suptitle(f"2.7B parameters, bf16, random weights: {data['where']}", fontsize="medium")
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None, "Description": f"{results.name} {digest(results)}"})
-    pyplot.close(figure)
-    return "\n".join(line.rstrip() for line in buffer.getvalue().splitlines()) + "\n"
+    return svg_text(figure, results)
 
 
 def _is(row: Row, name: str, contender: str) -> bool:
     return bool(row["name"] == name and row["contender"] == contender and row["batch"] == 1)
-
-
-def stale() -> list[Path]:
-    """List the result files whose figure was drawn from others, or not at all."""
-    return [results for results in of_gpus() if not is_current(results)]
-
-
-def draw_stale() -> None:
-    """Draw the figures of these, and remove those of results that are no longer there."""
-    for results in stale():
-        figure_of(results).write_text(draw(results), encoding="utf-8")
-    wanted = {figure_of(results) for results in of_gpus()}
-    for left_over in set(FIGURES.glob("*-runtime.svg")) - wanted:
-        left_over.unlink()

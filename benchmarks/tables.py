@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import figures
 import kernel_plots
 import runtime_plots
 import runtime_tables
@@ -320,7 +321,7 @@ def rendered(document: str, folder: Path = ROOT) -> str:
         return f"{render(results)}\n\n{source}"
 
     def figure(path: Path, text: str = KERNELS_FIGURE) -> str:
-        return f"![{text}]({os.path.relpath(kernel_plots.figure_of(path), folder)})\n"
+        return f"![{text}]({os.path.relpath(figures.figure_of(path), folder)})\n"
 
     return BLOCK.sub(block, document)
 
@@ -343,10 +344,10 @@ def main() -> int:
             if not options.check:
                 path.write_text(rendered(text, path.parent), encoding="utf-8")
     if not options.check:
-        kernel_plots.draw_stale()
-        runtime_plots.draw_stale()
-    undrawn = [*kernel_plots.stale(), *runtime_plots.stale()]
-    differ += [str(kernel_plots.figure_of(path).relative_to(ROOT)) for path in undrawn]
+        figures.draw_stale(kernel_plots.of_gpus(), kernel_plots.draw, "*-kernels.svg")
+        figures.draw_stale(runtime_plots.of_gpus(), runtime_plots.draw, "*-runtime.svg")
+    undrawn = figures.stale([*kernel_plots.of_gpus(), *runtime_plots.of_gpus()])
+    differ += [str(figures.figure_of(path).relative_to(ROOT)) for path in undrawn]
     if differ and options.check:
         sys.stderr.write(f"{', '.join(differ)} differ from benchmarks/results; run python benchmarks/tables.py\n")
     return 1 if differ and options.check else 0

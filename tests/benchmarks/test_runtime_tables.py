@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import figures
 import pytest
 import runtime_plots
 import runtime_tables
@@ -62,4 +63,4 @@ def test_each_table_holds_each_contender(data: dict[str, Any]) -> None:
 
 def test_a_figure_carries_the_hash_of_its_results(results: Path) -> None:
     pytest.importorskip("matplotlib", reason="the extra [bench] is not installed")
-    assert runtime_plots.digest(results) in runtime_plots.draw(results)
+    assert figures.digest(results) in runtime_plots.draw(results)
